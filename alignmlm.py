@@ -1,0 +1,436 @@
+"""ALIGN-MLM and the three objectives that it is measured against, in one file.
+
+One RoBERTa is pre-trained on two languages at once, an original and one derived from it whose
+token i is the original's token i moved to another row of the same embedding matrix. What is here,
+in the order that data meets it:
+
+  Settings, PRESETS        every number of an experiment, with the paper's values as defaults
+  make_dictionary          D, the known word pairs
+  mask_tokens              RoBERTa's masking, an exact share of every sequence
+  pair_translations        XLM's translation language modelling: a sentence beside its counterpart
+  ask_translations         DICT-MLM's labels: the translation instead of the token
+  MaskedLM                 the encoder and its tied output head
+  MaskedLM.forward         the four objectives' losses
+  alignment_score          how far the two languages' word embeddings have found each other
+  to_hf, from_hf           weights out to, and in from, the transformers library's RoBERTa
+
+References
+  ALIGN-MLM  Tang, Deshpande, Narasimhan 2022, arXiv 2211.08547
+  RoBERTa    Liu et al. 2019, arXiv 1907.11692
+  XLM        Conneau and Lample 2019, arXiv 1901.07291
+  DICT-MLM   Chaudhary et al. 2020, arXiv 2010.12566
+
+Letters in shapes: B sequences, T tokens in each, N masked tokens, D width, V rows of the
+embedding matrix, K dictionary pairs.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kernels import alignment_loss, masked_lm_loss
+
+OBJECTIVES = ("mlm", "xlm", "dict", "align")
+BOS, PAD, EOS, MASK = range(4)  # both languages share these
+SPECIALS = 4  # the first id of a word
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment. The defaults are the paper's (its section 4 and appendix)."""
+
+    objective: str = "align"
+    transform: str = "transliterate+invert"
+    seed: int = 0
+    # the model
+    vocab_size: int = 80_000  # rows of E, both languages together: 40,000 sub-words each
+    languages: int = 1  # rows of language embeddings: 2 where the objective tells them apart
+    layers: int = 8
+    width: int = 512
+    heads: int = 8
+    feed_forward: int = 2048
+    positions: int = 512  # the longest sequence
+    dropout: float = 0.1
+    # the objectives
+    mask_share: float = 0.15
+    alpha: float = 10.0  # weight of the alignment loss
+    dictionary_share: float = 0.5  # of the vocabulary, in D
+    parallel_share: float = 0.25  # of the corpus, for XLM
+    translate_probability: float = 0.5  # for DICT-MLM
+    # pre-training
+    batch: int = 128  # sequences a step
+    steps: int = 500_000
+    rate: float = 1e-4  # the peak: linear warm-up, then linear decay to zero
+    warmup: int = 10_000
+    weight_decay: float = 0.01
+    clip: float = 1.0  # gradient norm
+    # fine-tuning
+    tune_epochs: int = 10
+    tune_batch: int = 32
+    tune_rate: float = 2e-5
+    tune_length: int = 128
+    freeze_embeddings: bool = False  # of words, in fine-tuning
+
+    def __post_init__(self):
+        """Raise ValueError, naming the setting and the mend, for an experiment that cannot be."""
+        checks = {
+            f"objective is one of {', '.join(OBJECTIVES)}": self.objective in OBJECTIVES,
+            f"width {self.width} is a multiple of heads {self.heads}": self.width % self.heads == 0,
+            "positions is even and at least 8": self.positions >= 8 and self.positions % 2 == 0,
+            "batch is a multiple of 4": self.batch > 0 and self.batch % 4 == 0,
+            "dropout is in [0, 1)": 0 <= self.dropout < 1,
+            "mask_share is in (0, 0.5]": 0 < self.mask_share <= 0.5,
+            "parallel_share is in (0, 1]": 0 < self.parallel_share <= 1,
+            "dictionary_share is in (0, 1]": 0 < self.dictionary_share <= 1,
+        }
+        for requirement, holds in checks.items():
+            if not holds:
+                raise ValueError(f"settings: must hold: {requirement}")
+
+    @property
+    def shift(self) -> int:
+        """What turns a word's id into its counterpart's: i -> i + V, or nothing in one script."""
+        return self.vocab_size // 2 if "transliterate" in self.transform else 0
+
+    @property
+    def pieces(self) -> int:
+        """Sub-words, specials included, of one language."""
+        return self.vocab_size - self.shift
+
+
+PRESETS = {
+    "paper": Settings(),
+    # one GPU, minutes
+    "small": Settings(
+        vocab_size=16_000, layers=4, width=256, heads=4, feed_forward=1024, positions=128,
+        batch=128, steps=20_000, rate=5e-4, warmup=1_000, tune_rate=2e-4, freeze_embeddings=True,
+    ),
+    # one CPU core, two minutes
+    "tiny": Settings(
+        vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32,
+        batch=64, steps=1_200, rate=3e-3, warmup=200, dropout=0.0,
+        tune_rate=6e-3, tune_epochs=4, tune_length=32, freeze_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **changes) -> Settings:
+    """A preset with these settings changed; languages follow the objective."""
+    objective = changes.get("objective", PRESETS[name].objective)
+    languages = 2 if objective in ("xlm", "dict") else 1
+    return replace(PRESETS[name], **{"languages": languages} | changes)
+
+
+# ---------------------------------------------------------------------------- the two languages
+
+
+def make_dictionary(s: Settings) -> np.ndarray:
+    """D: a random share of the original language's words, each with its counterpart.
+
+    Returns (K, 2) int64, ascending. Source: ALIGN-MLM, section 3.
+    """
+    words = np.arange(SPECIALS, s.pieces)
+    rng = np.random.default_rng([s.seed, 0xD1C7])
+    known = np.sort(rng.choice(words, round(s.dictionary_share * len(words)), replace=False))
+    return np.stack([known, known + s.shift], axis=1)
+
+
+@dataclass
+class Batch:
+    """What a step sees: M masked tokens a sequence. numpy when made, tensors once moved."""
+
+    tokens: np.ndarray  # (B, T) int64, masked
+    masked: np.ndarray  # (B, M) int64, which of the T tokens are
+    labels: np.ndarray  # (B, M) int64, what is to be predicted there
+    languages: np.ndarray  # (B, T) int64, 0 original, 1 derived
+    positions: np.ndarray  # (B, T) int64
+
+    def to(self, device: str, part: slice = slice(None)) -> "Batch":
+        """Tensors of these sequences on `device`; the copy does not wait for the device."""
+        tensors = {name: torch.from_numpy(array[part]) for name, array in vars(self).items()}
+        if device != "cpu":
+            tensors = {k: t.pin_memory().to(device, non_blocking=True) for k, t in tensors.items()}
+        return Batch(**tensors)
+
+
+def mask_tokens(tokens: np.ndarray, s: Settings, rng: np.random.Generator):
+    """RoBERTa's dynamic masking of tokens (B, T) int64; specials stay.
+
+    Of the chosen tokens 80 % become <mask>, 10 % a random word of either language and 10 % stay.
+    Every sequence has exactly round(mask_share * T) of them chosen, not that many on average:
+    shapes then never change, and the mean over processes is the mean over all tokens.
+    Returns inputs (B, T), masked (B, M) and labels (B, M), as in Batch.
+    """
+    order = rng.random(tokens.shape, dtype=np.float32)
+    order[tokens < SPECIALS] = 2  # after every word
+    count = round(s.mask_share * tokens.shape[1])
+    masked = np.sort(np.argpartition(order, count, axis=1)[:, :count])
+    labels = np.take_along_axis(tokens, masked, axis=1)
+
+    fate = rng.random(labels.shape)
+    words = rng.integers(SPECIALS, s.pieces, labels.shape) + rng.choice([0, s.shift], labels.shape)
+    replaced = np.select([fate < 0.8, fate < 0.9], [MASK, words], labels)
+    inputs = tokens.copy()
+    np.put_along_axis(inputs, masked, replaced, axis=1)
+    return inputs, masked, labels
+
+
+def pair_translations(original: np.ndarray, derived: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Translation language modelling's input (XLM, section 3.3). Both: (B, T / 2) int64.
+
+    Returns tokens, languages and positions, each (B, T): counterparts side by side, the second's
+    positions starting again from zero.
+    """
+    tokens = np.concatenate([original, derived], axis=1)
+    languages = np.concatenate([np.zeros_like(original), np.ones_like(derived)], axis=1)
+    positions = np.tile(np.arange(original.shape[1]), (len(tokens), 2))
+    return tokens, languages, positions
+
+
+def ask_translations(
+    batch: Batch, dictionary: np.ndarray, s: Settings, rng: np.random.Generator
+) -> None:
+    """DICT-MLM, in place: half of the masked tokens in D are to be predicted in translation.
+
+    The language embedding at such a place becomes that of the language asked for: the only sign of
+    what is wanted. This is the definition of Chaudhary et al. 2020 (section 3), where the *label*
+    is translated. The ALIGN-MLM authors' code translates the *input* and keeps the label; the
+    definition is kept here, because the method that was published is what we compare with.
+    """
+    translation = np.full(s.vocab_size, -1)
+    translation[dictionary[:, 0]], translation[dictionary[:, 1]] = dictionary.T[::-1]
+    asked = rng.random(batch.labels.shape) < s.translate_probability
+    sequence, n = np.nonzero(asked & (translation[batch.labels] >= 0))
+    batch.labels[sequence, n] = translation[batch.labels[sequence, n]]
+    batch.languages[sequence, batch.masked[sequence, n]] ^= 1
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+class Layer(nn.Module):
+    """A transformer block with the layer norms after the sums (Vaswani et al. 2017)."""
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        self.heads, self.dropout = s.heads, s.dropout
+        self.qkv = nn.Linear(s.width, 3 * s.width)
+        self.attention_out = nn.Linear(s.width, s.width)
+        self.attention_norm = nn.LayerNorm(s.width)
+        self.up = nn.Linear(s.width, s.feed_forward)
+        self.down = nn.Linear(s.feed_forward, s.width)
+        self.norm = nn.LayerNorm(s.width)
+
+    def forward(self, hidden, attention_mask=None):
+        B, T, D = hidden.shape
+        drop = self.dropout if self.training else 0.0
+        qkv = self.qkv(hidden).view(B, T, 3, self.heads, D // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
+        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, drop)
+        mixed = self.attention_out(mixed.transpose(1, 2).reshape(B, T, D))
+        hidden = self.attention_norm(hidden + F.dropout(mixed, drop))
+        fed = self.down(F.gelu(self.up(hidden)))
+        return self.norm(hidden + F.dropout(fed, drop))
+
+
+class MaskedLM(nn.Module):
+    """RoBERTa: an encoder, and a head whose output matrix is the word-embedding matrix E."""
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        self.settings = s
+        self.word_embeddings = nn.Embedding(s.vocab_size, s.width)
+        self.position_embeddings = nn.Embedding(s.positions, s.width)
+        self.language_embeddings = nn.Embedding(s.languages, s.width)
+        self.embedding_norm = nn.LayerNorm(s.width)
+        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.head_dense = nn.Linear(s.width, s.width)
+        self.head_norm = nn.LayerNorm(s.width)
+        self.head_bias = nn.Parameter(torch.zeros(s.vocab_size))
+        std = 0.02 * math.sqrt(512 / s.width)  # RoBERTa's 0.02 at the paper's width, and in scale
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def encode(self, tokens, languages=None, positions=None, padded=False):
+        """Hidden states (B, T, D) of tokens (B, T) int64.
+
+        languages, positions: (B, T) int64; None means all 0, and 0 to T - 1. A model with one
+        language embedding gives it to both languages. padded: tokens may hold PAD, which no
+        token then attends to (without it attention needs no mask, which is faster).
+        """
+        T = tokens.shape[1]
+        if T > (most := self.settings.positions):
+            raise ValueError(f"sequences of {T} tokens, but the model has {most} positions")
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device)
+        if languages is None or self.settings.languages == 1:
+            languages = torch.zeros_like(tokens[:1, :1])
+        hidden = self.word_embeddings(tokens) + self.position_embeddings(positions)
+        hidden = self.embedding_norm(hidden + self.language_embeddings(languages))
+        hidden = F.dropout(hidden, self.settings.dropout, self.training)
+        attention_mask = (tokens != PAD)[:, None, None, :] if padded else None
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask)
+        return hidden
+
+    def head(self, hidden):
+        """(..., D) -> (..., D), what E is multiplied with to give logits."""
+        return self.head_norm(F.gelu(self.head_dense(hidden)))
+
+    def logits(self, hidden):
+        """(..., D) -> (..., V). Training never calls it: the loss needs no whole N x V matrix."""
+        return F.linear(self.head(hidden), self.word_embeddings.weight, self.head_bias)
+
+    def forward(self, batch: Batch, dictionary=None):
+        """The objective's loss and, for the log, L_MLM alone (float32 scalars).
+
+        L_MLM is the mean cross entropy over the masked tokens, the only ones that reach the head.
+        MLM, XLM and DICT-MLM are L_MLM of batches made differently (`mask_tokens`,
+        `pair_translations`, `ask_translations`). ALIGN-MLM, equation 2 of its paper, is
+        L_MLM + alpha * L_align over the whole of D: dictionary (K, 2) int64, used by it alone.
+        """
+        hidden = self.encode(batch.tokens, batch.languages, batch.positions)
+        masked = self.head(hidden.take_along_dim(batch.masked[..., None], 1)).flatten(0, 1)
+        weight = self.word_embeddings.weight
+        loss = mlm = masked_lm_loss(masked, weight, self.head_bias, batch.labels.flatten())
+        if self.settings.objective == "align":
+            loss = mlm + self.settings.alpha * alignment_loss(weight, dictionary)
+        return loss, mlm.detach()
+
+
+# ---------------------------------------------------------------------------------- measurement
+
+
+@torch.no_grad()
+def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]:
+    """The share, in percent, of original words whose nearest derived word is their counterpart.
+
+    Nearest by cosine among all derived words. Over "all" words and over those "outside" the
+    dictionary (NaN if there are none). With two language embeddings each side has its own added
+    first, as the paper does for XLM (section 4.2). dictionary: (K, 2) int64.
+    """
+    pieces, shift = model.settings.pieces, model.settings.shift
+    weight = model.word_embeddings.weight.float()
+    original, derived = weight[:pieces], weight[shift:]
+    if model.settings.languages == 2:
+        original = original + model.language_embeddings.weight[0]
+        derived = derived + model.language_embeddings.weight[1]
+    derived = F.normalize(derived[SPECIALS:], dim=1)
+    nearest = [(rows @ derived.T).argmax(1) for rows in original[SPECIALS:].split(1024)]
+    found = torch.cat(nearest).cpu().numpy() == np.arange(pieces - SPECIALS)
+    outside = np.ones(pieces - SPECIALS, bool)
+    outside[dictionary[:, 0] - SPECIALS] = False
+    share = {"all": found, "outside": found[outside]}
+    return {k: 100 * float(v.mean()) if len(v) else math.nan for k, v in share.items()}
+
+
+# ---------------------------------------------------------- out to, and in from, transformers
+
+HF_CONFIG = {  # their name of a setting: ours
+    "vocab_size": "vocab_size",
+    "type_vocab_size": "languages",
+    "num_hidden_layers": "layers",
+    "hidden_size": "width",
+    "num_attention_heads": "heads",
+    "intermediate_size": "feed_forward",
+    "hidden_dropout_prob": "dropout",
+}
+HF_FIXED = {"model_type": "roberta", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+HF_SKIPPED_POSITIONS = 2  # RoBERTa numbers positions from PAD + 1
+HF_MODULES = {  # our name of a module: theirs
+    "word_embeddings": "roberta.embeddings.word_embeddings",
+    "position_embeddings": "roberta.embeddings.position_embeddings",
+    "language_embeddings": "roberta.embeddings.token_type_embeddings",
+    "embedding_norm": "roberta.embeddings.LayerNorm",
+    "attention_out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm": "output.LayerNorm",
+    "head_dense": "lm_head.dense",
+    "head_norm": "lm_head.layer_norm",
+}
+
+
+def _hf_names(name: str) -> list[str]:
+    """Our tensor's name -> theirs; our one matrix for query, key and value is three of theirs."""
+    if name == "head_bias":
+        return ["lm_head.bias"]
+    *layer, module, kind = name.split(".")
+    prefix = f"roberta.encoder.layer.{layer[1]}." if layer else ""
+    if module == "qkv":
+        return [f"{prefix}attention.self.{part}.{kind}" for part in ("query", "key", "value")]
+    return [f"{prefix}{HF_MODULES[module]}.{kind}"]
+
+
+def to_hf(model: MaskedLM, folder: str | Path) -> None:
+    """Write a folder that transformers.RobertaForMaskedLM.from_pretrained opens.
+
+    Same logits to 1e-4; language embeddings become its token types. Each file is written under a
+    temporary name and renamed.
+    """
+    folder, s = Path(folder), model.settings
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {theirs: getattr(s, ours) for theirs, ours in HF_CONFIG.items()} | HF_FIXED
+    config |= {
+        "architectures": ["RobertaForMaskedLM"],
+        "max_position_embeddings": s.positions + HF_SKIPPED_POSITIONS,
+        "attention_probs_dropout_prob": s.dropout,
+        "bos_token_id": BOS,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": True,
+    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "position_embeddings.weight":
+            tensor = F.pad(tensor, (0, 0, HF_SKIPPED_POSITIONS, 0))
+        names = _hf_names(name)
+        tensors |= zip(names, (t.cpu().clone() for t in tensor.chunk(len(names))), strict=True)
+    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / "config.json.part", folder / "config.json")
+
+
+def from_hf(folder: str | Path, settings: Settings | None = None) -> MaskedLM:
+    """The model in a folder that `to_hf` or transformers wrote (RobertaForMaskedLM).
+
+    settings: the experiment's; what concerns the model is read from the folder. Raises ValueError,
+    naming the file, when it is missing, damaged, or holds another kind of model.
+    """
+    config_file, weights_file = Path(folder, "config.json"), Path(folder, "model.safetensors")
+    try:
+        config = json.loads(config_file.read_text())
+        for key, value in HF_FIXED.items():
+            if config.get(key) != value:
+                raise ValueError(f"{key} is {config.get(key)!r}, but only {value!r} is known here")
+        s = replace(
+            settings or Settings(),
+            positions=config["max_position_embeddings"] - HF_SKIPPED_POSITIONS,
+            **{ours: config[theirs] for theirs, ours in HF_CONFIG.items()},
+        )
+        model = MaskedLM(s)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{config_file}: not a RoBERTa model's settings: {error}") from error
+    try:
+        theirs = load_file(weights_file)
+        state = {n: torch.cat([theirs[t] for t in _hf_names(n)]) for n in model.state_dict()}
+        positions = state["position_embeddings.weight"][HF_SKIPPED_POSITIONS:]
+        model.load_state_dict(state | {"position_embeddings.weight": positions})
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{weights_file}: not the weights of {config_file}: {reason}") from error
+    return model

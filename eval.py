@@ -1,0 +1,404 @@
+"""Fine-tune a pre-trained model in one language, test it in both, and report.
+
+    python eval.py pos runs/align                   POS tagging and alignment of one run
+    python eval.py report runs --out results/tiny   table, figures and results.json of all runs
+    python eval.py grid --out runs                  every objective and seed, then the report
+
+The measures are the paper's (its section 4.2). BZ, bilingual zero-shot: fine-tuned on the original
+language, tested on the derived one. BS, bilingual supervised: fine-tuned and tested on the derived
+one. Delta = BZ - BS is what zero-shot costs. "source": fine-tuned and tested on the original.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import synth_lang
+import train
+from alignmlm import BOS, EOS, OBJECTIVES, PAD, MaskedLM, Settings
+from alignmlm import alignment_score, from_hf, make_dictionary, preset
+from train import Languages, Source, make_optimizer, prepare, write_json
+
+NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
+TUNE_SENTENCES = 6_000  # of the built-in language
+TEST_SENTENCES = 1_000
+
+# The paper's Table 2, English: (transformation, objective) -> BS and BZ of NLI (accuracy), of NER
+# (entity F1) and of POS (F1), then alignment; all in percent.
+PUBLISHED_COLUMNS = ("NLI BS", "NLI BZ", "NER BS", "NER BZ", "POS BS", "POS BZ", "alignment")
+PUBLISHED = {
+    ("transliterate", "mlm"): (76.4, 74.9, 80.6, 78.0, 95.0, 94.6, 90.0),
+    ("transliterate+invert", "mlm"): (73.9, 56.7, 79.2, 35.9, 95.0, 56.5, 0.3),
+    ("transliterate+syntax", "mlm"): (73.5, 69.0, 71.3, 52.3, 93.6, 91.6, 57.3),
+    ("transliterate", "xlm"): (77.3, 77.5, 80.8, 79.7, 95.0, 94.8, 97.7),
+    ("transliterate+invert", "xlm"): (75.4, 67.2, 80.0, 60.7, 95.0, 61.8, 85.6),
+    ("transliterate+syntax", "xlm"): (76.1, 74.1, 71.5, 59.6, 93.7, 92.7, 98.6),
+    ("transliterate", "dict"): (77.0, 75.9, 79.3, 78.3, 95.1, 94.8, 95.7),
+    ("transliterate+invert", "dict"): (74.5, 65.3, 79.1, 59.8, 95.0, 76.0, 64.2),
+    ("transliterate+syntax", "dict"): (74.3, 72.2, 71.4, 57.6, 93.6, 92.6, 93.7),
+    ("transliterate", "align"): (75.1, 75.5, 79.4, 78.6, 94.9, 94.8, 98.4),
+    ("transliterate+invert", "align"): (75.5, 68.8, 80.0, 64.5, 95.0, 92.0, 95.2),
+    ("transliterate+syntax", "align"): (74.7, 71.1, 71.3, 58.3, 93.7, 92.9, 98.2),
+}
+
+# --------------------------------------------------------------------------------- POS tagging
+
+UNTAGGED = -100  # a later sub-word of a word, and specials
+
+
+@dataclass
+class Tagged:
+    """Sentences of one language as ids, each word's tag at its first sub-word."""
+
+    tokens: list[np.ndarray]  # (T,) int64 each, BOS ... EOS
+    tags: list[np.ndarray]  # (T,) int64 each, UNTAGGED elsewhere
+    language: int
+
+
+def encode_tagged(
+    sentences: Iterable[synth_lang.Sentence], tags: list[str], languages: Languages, derived: bool,
+    length: int,
+) -> Tagged:  # fmt: skip
+    """Sentences as ids, in one language; cut after `length` ids. Labels are indices in `tags`."""
+    number = {tag: i for i, tag in enumerate(tags)}
+    encoded = Tagged([], [], int(derived))
+    for index, sentence in enumerate(sentences):
+        if derived:
+            sentence = languages.derive(sentence, index)
+        tokens, labels = [BOS], [UNTAGGED]
+        for tag, word in zip(sentence.upos, languages.encode(sentence.words, derived), strict=True):
+            tokens += word
+            labels += [number[tag]] + [UNTAGGED] * (len(word) - 1)
+        encoded.tokens.append(np.array([*tokens[: length - 1], EOS]))
+        encoded.tags.append(np.array([*labels[: length - 1], UNTAGGED]))
+    return encoded
+
+
+def batches(data: Tagged, size: int, rng: np.random.Generator | None = None):
+    """Padded (tokens, tags) of `size` sentences of about equal length; shuffled with an rng."""
+    order = np.arange(len(data.tokens)) if rng is None else rng.permutation(len(data.tokens))
+    lengths = np.array([len(t) for t in data.tokens])
+    pool = 16 * size  # sentences sorted together: little padding, and still shuffled
+    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+    ordered = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+    chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    if rng is not None:
+        rng.shuffle(chunks)
+    for chunk in chunks:
+        shape = len(chunk), lengths[chunk].max()
+        tokens, tags = np.full(shape, PAD), np.full(shape, UNTAGGED)
+        for row, i in enumerate(chunk):
+            tokens[row, : lengths[i]], tags[row, : lengths[i]] = data.tokens[i], data.tags[i]
+        yield torch.from_numpy(tokens), torch.from_numpy(tags)
+
+
+class Tagger(nn.Module):
+    """The encoder and a linear layer over its hidden states."""
+
+    def __init__(self, encoder: MaskedLM, tags: int):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.settings.width, tags)
+        self.dropout = nn.Dropout(encoder.settings.dropout)
+
+    def forward(self, tokens, language: int):
+        """tokens (B, T) int64, padded -> (B, T, tags)."""
+        languages = torch.full_like(tokens, language)
+        return self.classifier(self.dropout(self.encoder.encode(tokens, languages, padded=True)))
+
+
+def fine_tune(encoder: MaskedLM, data: Tagged, tags: int, s: Settings) -> Tagger:
+    """A tagger trained on `data`; the encoder given is left as it was."""
+    torch.manual_seed(s.seed)
+    rng = np.random.default_rng([s.seed, 5])
+    tagger = Tagger(copy.deepcopy(encoder), tags).train()
+    tagger.encoder.word_embeddings.weight.requires_grad_(not s.freeze_embeddings)
+    optimizer = make_optimizer(tagger, s)
+    steps = s.tune_epochs * -(-len(data.tokens) // s.tune_batch)
+    device = next(tagger.parameters()).device
+    step = 0
+    for _ in range(s.tune_epochs):
+        for tokens, labels in batches(data, s.tune_batch, rng):
+            for group in optimizer.param_groups:
+                group["lr"] = s.tune_rate * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
+            logits = tagger(tokens.to(device), data.language).flatten(0, 1)
+            F.cross_entropy(logits, labels.to(device).flatten(), ignore_index=UNTAGGED).backward()
+            torch.nn.utils.clip_grad_norm_(tagger.parameters(), s.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return tagger
+
+
+@torch.no_grad()
+def accuracy(tagger: Tagger, data: Tagged) -> float:
+    """Percent of the words tagged right; with one tag a word this is also the micro-F1."""
+    tagger.eval()
+    device = next(tagger.parameters()).device
+    right = words = 0
+    for tokens, labels in batches(data, 64):
+        labels = labels.to(device)
+        guessed = tagger(tokens.to(device), data.language).argmax(-1)
+        right += int((guessed == labels).sum())
+        words += int((labels != UNTAGGED).sum())
+    return 100 * right / words
+
+
+def read_run(folder: Path) -> tuple[MaskedLM, Settings, Source, Languages]:
+    """A finished run of train.py. ValueError, naming the file, if it is not one."""
+    path = folder / "settings.json"
+    try:
+        record = json.loads(path.read_text())
+        s, source = Settings(**record["settings"]), Source(**record["source"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a run of train.py: {error}") from error
+    model = from_hf(folder / "model", s)
+    return model, s, source, prepare(source, s, folder.parent).languages
+
+
+def read_tagged(path: str | None, sentences: int, seed: int) -> list[synth_lang.Sentence]:
+    """From a CoNLL-U file or, without one, of the built-in language."""
+    return list(synth_lang.read_conllu(path) if path else synth_lang.generate(sentences, seed))
+
+
+def pos(folder: Path, training_file: str | None, test_file: str | None, device: str) -> dict:
+    """Fine-tune and test a run on POS tagging, measure its alignment; write folder/pos.json."""
+    started = time.perf_counter()
+    model, s, source, languages = read_run(folder)
+    if (source.corpus or source.treebank) and not (training_file and test_file):
+        raise ValueError(
+            f"{folder}: trained on natural text: give --train and --test CoNLL-U files"
+        )
+    training = read_tagged(training_file, TUNE_SENTENCES, seed=1)
+    test = read_tagged(test_file, TEST_SENTENCES, seed=2)
+    tags = sorted({tag for sentence in training for tag in sentence.upos})
+    for sentence in test:
+        for tag in set(sentence.upos) - set(tags):
+            raise ValueError(f"{test_file}: tag {tag!r} is never in {training_file}: take it out")
+
+    model.to(device)
+    sets = [
+        [encode_tagged(part, tags, languages, derived, s.tune_length) for derived in (False, True)]
+        for part in (training, test)
+    ]
+    (training_original, training_derived), (test_original, test_derived) = sets
+    zero_shot = fine_tune(model, training_original, len(tags), s)
+    supervised = fine_tune(model, training_derived, len(tags), s)
+    scores = {
+        "source": accuracy(zero_shot, test_original),
+        "BZ": accuracy(zero_shot, test_derived),
+        "BS": accuracy(supervised, test_derived),
+    }
+    scores["Delta"] = scores["BZ"] - scores["BS"]
+    cell = {
+        "objective": s.objective,
+        "transform": s.transform,
+        "seed": s.seed,
+        **scores,
+        "alignment": alignment_score(model, make_dictionary(s)),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(folder / "pos.json", cell)
+    return cell
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+def correlation(alignment: list[float], delta: list[float]) -> tuple[float, float]:
+    """Spearman's rho between alignment and -Delta, as the paper has it, and its p-value."""
+    # rounded, so that rounding errors of BZ - BS do not break ties
+    return tuple(scipy.stats.spearmanr(alignment, np.round(-np.array(delta), 6)))
+
+
+def read_cells(folder: Path) -> list[dict]:
+    """All finished cells below a folder, in a fixed order."""
+    cells = []
+    for path in sorted(folder.glob("*/pos.json")):
+        try:
+            cells.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
+    if not cells:
+        raise ValueError(f"{folder}: holds no finished run: nothing to report")
+    return sorted(cells, key=lambda c: (c["transform"], list(NAMES).index(c["objective"])))
+
+
+def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Cells that differ in their seed alone."""
+    keys = dict.fromkeys((c["transform"], c["objective"]) for c in cells)
+    return {k: [c for c in cells if (c["transform"], c["objective"]) == k] for k in keys}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
+
+
+def table(cells: list[dict]) -> str:
+    """POS in the paper's layout, markdown; the published numbers at the right."""
+    columns = ("source", "BS", "BZ", "Delta")
+    lines = [
+        "| transformation | objective | seeds | source | BS | BZ | Delta | alignment "
+        "| outside D | paper: BS | BZ | alignment |",
+        "| --- " * 2 + "| ---: " * 10 + "|",
+    ]
+    for (transform, objective), same in groups(cells).items():
+        row = [transform, NAMES[objective], str(len(same))]
+        row += [spread([c[column] for c in same]) for column in columns]
+        row += [spread([c["alignment"][over] for c in same]) for over in ("all", "outside")]
+        row += [str(v) for v in PUBLISHED.get((transform, objective), "---------")[4:7]]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_delta(cells: list[dict], path: Path) -> None:
+    """BZ beside BS for every objective, a panel a transformation; a dot is a seed."""
+    transforms = list(dict.fromkeys(c["transform"] for c in cells))
+    size = 1 + 4 * len(transforms), 3.6
+    figure, axes = plt.subplots(
+        1, len(transforms), sharey=True, squeeze=False, figsize=size, layout="constrained"
+    )
+    for transform, axis in zip(transforms, axes[0], strict=True):
+        same = {o: g for (t, o), g in groups(cells).items() if t == transform}
+        for offset, score, shade, hatch in ((-0.2, "BS", "0.85", ""), (0.2, "BZ", "0.55", "//")):
+            places = np.arange(len(same)) + offset
+            values = [[c[score] for c in group] for group in same.values()]
+            axis.bar(places, [np.mean(v) for v in values], 0.38, color=shade, hatch=hatch,
+                     edgecolor="black", label=score)  # fmt: skip
+            for place, dots in zip(places, values, strict=True):
+                axis.plot([place] * len(dots), dots, "k.", markersize=5)
+        axis.set_xticks(range(len(same)), [NAMES[o] for o in same])
+        axis.set_title(transform)
+    axes[0][0].set_ylabel("POS accuracy, %")
+    axes[0][0].legend(loc="lower left")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_alignment(cells: list[dict], path: Path) -> None:
+    """Delta against alignment, a mark a cell; the shape tells the objective."""
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for marker, (objective, name) in zip("os^D", NAMES.items(), strict=True):
+        same = [c for c in cells if c["objective"] == objective]
+        axis.plot([c["alignment"]["all"] for c in same], [c["Delta"] for c in same], marker,
+                  label=name, markerfacecolor="none", markeredgecolor="black")  # fmt: skip
+    axis.set_xlabel("alignment, % of the words")
+    axis.set_ylabel("Delta = BZ - BS, points")
+    axis.legend()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def report(folder: Path, out: Path) -> str:
+    """results.json, report.md and two figures of all finished cells; returns the table."""
+    cells = read_cells(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(cells)
+    rho, p = correlation([c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells])
+    text += f"\nSpearman's rho of alignment and -Delta over the {len(cells)} cells: {rho:.3f}"
+    text += f" (p = {p:.2g}).\n"
+    write_json(out / "results.json", cells)
+    (out / "report.md.part").write_text(text)
+    os.replace(out / "report.md.part", out / "report.md")
+    draw_delta(cells, out / "delta.png")
+    draw_alignment(cells, out / "alignment.png")
+    return text
+
+
+# ---------------------------------------------------------------------------------------- grid
+
+
+def run_cell(folder: Path, s: Settings, source: Source, device: str, threads: int, tagged) -> dict:
+    """One cell from nothing to pos.json, in a process of its own."""
+    torch.set_num_threads(threads)
+    os.environ["TQDM_DISABLE"] = "1"  # the grid has the one progress bar
+    train.run(folder, s, source, device)
+    return pos(folder, *tagged, device)
+
+
+def grid(args: argparse.Namespace) -> None:
+    """Every objective under every transformation with every seed; finished cells are kept."""
+    source, tagged = train.source_of(args), (args.train, args.test)
+    cells = {}
+    for transform, objective, seed in itertools.product(
+        args.transforms, args.objectives, range(args.seeds)
+    ):
+        given = {"transform": transform, "objective": objective, "seed": seed}
+        s = preset(args.preset, **(train.given_settings(args) | given))
+        cells[args.out / f"{transform}-{objective}-{seed}"] = s
+    todo = {folder: s for folder, s in cells.items() if not (folder / "pos.json").exists()}
+    for s in {s.transform: s for s in todo.values()}.values():
+        prepare(source, s, args.out)  # once, before processes would do it side by side
+    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell")
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, os.cpu_count() // args.jobs)
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        running = [
+            pool.submit(run_cell, folder, s, source, args.device, threads, tagged)
+            for folder, s in todo.items()
+        ]
+        for cell in map(Future.result, as_completed(running)):
+            scores = " ".join(f"{k} {cell[k]:.1f}" for k in ("source", "BS", "BZ"))
+            bar.write(f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}: {scores}")
+            bar.update()
+    bar.close()
+    print(report(args.out, args.results))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("pos", help="fine-tune and test one run on POS tagging")
+    one.add_argument("folder", type=Path, help="of a run of train.py")
+    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    several = commands.add_parser("report", help="table and figures of finished runs")
+    several.add_argument("folder", type=Path, help="that holds the runs' folders")
+    every = commands.add_parser("grid", help="every objective, transformation and seed")
+    every.add_argument("--out", type=Path, default=Path("runs/tiny"), help="(%(default)s)")
+    every.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
+    every.add_argument("--transforms", nargs="+", default=["transliterate+invert"])
+    every.add_argument("--seeds", type=int, default=2, help="(%(default)s)")
+    every.add_argument("--jobs", type=int, help="cells at a time (a core each; 1 on a GPU)")
+    train.add_options(every)
+    for command in (one, every):
+        command.add_argument(
+            "--train", metavar="CONLLU", help="to fine-tune on (built-in language)"
+        )
+        command.add_argument("--test", metavar="CONLLU")
+    for command in (several, every):
+        command.add_argument("--results", type=Path, default=Path("results/tiny"))
+    args = parser.parse_args()
+    if args.command == "pos":
+        print(json.dumps(pos(args.folder, args.train, args.test, args.device), indent=2))
+    elif args.command == "report":
+        print(report(args.folder, args.results))
+    else:
+        args.jobs = args.jobs or (os.cpu_count() if args.device == "cpu" else 1)
+        grid(args)
+
+
+if __name__ == "__main__":
+    train.guarded(main)
