@@ -1,32 +1,32 @@
-"""A synthetic language, and the controlled transformations that derive a second one from any.
+"""A synthetic language, and the transformations that derive a second language from any first one.
 
-The question of ALIGN-MLM (Tang et al. 2022, arXiv 2211.08547) needs two languages whose every
-difference is known. So the second one is *derived* from the first:
+ALIGN-MLM (Tang et al. 2022, arXiv 2211.08547) asks what makes a model multilingual with pairs of
+languages whose every difference is known: the second is *derived* from the first.
 
-    transliterate   another script           | a bijection of words
-    invert          the words in reverse     | a final '.', '!' or '?' stays last
-    permute         the words at random      | seeded, sentence by sentence
-    syntax          another language's order | of the dependents of nouns and verbs, learned
+    transliterate   another script: a bijection of the words
+    invert          the words in reverse; a final '.', '!' or '?' stays last
+    permute         the words of each sentence at random, seeded
+    syntax          the dependents of nouns and verbs in another language's order, learned
 
-Transformations compose (`transliterate+invert`), labels travel with their words, and each returns
-what its exact inverse needs. In the order of this file: sentences; the built-in language, a
-probabilistic grammar that needs no data; readers of text, CoNLL-U and BIO files; the
-transformations; the command line. Only numpy and the standard library are used.
+They compose (`transliterate+invert`), labels travel with their words, and each returns what its
+exact inverse needs. In this order: the built-in language, readers, transformations, command line.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import re
-from bisect import bisect
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import accumulate
+from itertools import chain, combinations, count, permutations, product
 from math import log
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace as Node
 
 import numpy as np
 
@@ -39,11 +39,11 @@ class InputError(ValueError):
 
 @dataclass(slots=True)
 class Sentence:
-    """Words and their labels; a list that is not None has one entry a word.
+    """Words and their labels; a list of labels, where there is one, has one entry a word.
 
-    upos, deprels: Universal Dependencies tags and relations. heads: the 1-based position of each
+    upos, deprels: tags and relations of Universal Dependencies. heads: the 1-based position of each
     word's head, 0 for the root. entities: BIO tags (`B-PER`, `I-PER`, `O`). spans: answer spans,
-    half-open ranges of word positions.
+    half-open ranges of 0-based positions.
     """
 
     words: list[str]
@@ -54,420 +54,251 @@ class Sentence:
     spans: list[tuple[int, int]] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------- the lexicon
-# Content words are made of syllables and belong to a topic. A sentence keeps to one topic, and a
-# head has favourites among the dependents of its topic, so that a word is known by its company:
-# that, beyond its part of speech, is what a masked language model can learn about it.
+# ---------------------------------------------------------------------------------- the language
+# `a = b|c*2`: an `a` is one of these, `c` twice as likely. Any other line is a rule: a phrase, the
+# chance that it has a dependent (`*`: again and again), the place and relation of that, and what it
+# is. Rules apply from top to bottom; `a+x` is an `a` that follows the rules of `x` too. Places: `[`
+# first of the row so far, `]` last, `<` just before the top, `>` just after, `~` any; of several,
+# one at random. `of/ADP` is that word with its tag.
+#
+# A word's tag must need the word, as in natural text (where the tags of both neighbours tell half
+# of the tags, the word itself nine in ten): so words have several tags, and much may be left out or
+# stand elsewhere. Still order tells: reversed, the sentences look like no other.
+GRAMMAR = """
+sentence    = finite+aside+end*8|verb+subject+inverted+adverbials+asked|thing+noun+aside+end
+finite      = verb+subject+tense+adverbials*6|adjective+subject+being+adverbials
+relative    = verb+tense+adverbials+as-subject*3|act+subject+tense+adverbials+as-object*2
+verb        = affect*5|act*4|give*4|say*2
+agent       = person+noun*4|thing+noun*2|he*4|PER|institution
+object      = thing+noun*3|idea+noun*2|person+noun*2|place+noun|him*3|PER|ORG|amount
+setting     = place+noun*3|thing+noun*2|idea+noun|LOC*3|him*2|institution
+affect      1     ]]]]][   obj           object
+give        .3    >        iobj          person+noun*2|him
+give        1     ]]]]][   obj           object
+say         .7    ]]]]][   ccomp         finite|finite+that
+say         .3    ]        xcomp         give+to+adverbials|act+to+adverbials
+subject     .88   [[[[>]   nsubj         agent
+tense       .35   <        aux           modal*4|have*3|be*3|do*2
+being       .85   <        cop           be
+inverted    .8    [[<      aux           modal*3|have|be|do*4
+adverbials  .08   <<>      advmod        not/PART
+adverbials  .1    >]       compound:prt  particle
+adverbials  .24*  ~        advmod        free*2|manner+degree*2|fast+degree
+adverbials  .3*   ~        obl           setting+case
+adverbials  .07   []       advcl         finite+when
+adverbials  .12   ]        conj          finite+joined
+to          1     <        mark          to/PART
+when        1     [        mark          subordinator
+that        1     [        mark          that/SCONJ
+as-subject  1     [        nsubj         who
+as-object   .6    [        obj           who
+noun        .06   <        compound      thing
+noun        .3*   [[]      amod          adjective+degree+more*5|participle
+noun        .06   [[]      nummod        number
+noun        .44   [        det           determiner
+noun        .07   [        nmod:poss     his*2|PER+genitive
+noun        .16   ]        nmod          setting+case
+noun        .07   ]        conj          object+joined
+noun        .1    ]        acl:relcl     relative
+degree      .15   [        advmod        degree-word
+more        .08   ]        conj          adjective+joined
+case        .9    [        case          adposition
+genitive    1     ]        case          's/PART
+amount      1     []       nummod        number
+joined      1     [        cc            conjunction
+joined      .2    [        punct         ,/PUNCT
+PER         .4    ]        flat          surname
+LOC         .3    [        compound      North/PROPN|Lake/PROPN|New/PROPN
+ORG         .6    ]        flat          Company/PROPN|Club/PROPN|Press/PROPN
+institution 1     ]        nmod          LOC+of
+of          1     [        case          of/ADP
+aside       .07   []       discourse     interjection
+aside       .04   ]        vocative      PER
+asked       .4    [        advmod        question-word
+asked       1     ]        punct         ?/PUNCT
+end         1     ]        punct         ./PUNCT*8|!/PUNCT|?/PUNCT
+"""
 
+# Closed classes: their tag and words, frequent ones first; after `/` those for the plural.
+# Open classes: their tag, how many words a topic has, the endings of their forms (a noun's numbers;
+# a verb's base, -s, -ed, -ing), and the class whose stems they share, if any. A sentence mostly
+# keeps to the words of one topic, and each head to its favourites in it: so that beyond its tag a
+# word is known by its company, which is what there is to learn of it.
+WORDS = """
+determiner    DET   the a this that every some no another each any / the all some these no those
+he            PRON  it he she this that someone one / they we you these all some many those
+him           PRON  it him her that this one nothing / them us you all these some those
+his           PRON  its his her one's / their our your
+who           PRON  that who which
+be            AUX   is was / are were
+have          AUX   has had / have had
+do            AUX   does did / do did
+modal         AUX   will can would must may could should might
+adposition    ADP   of in to with on for at from by about like over under after near before since
+particle      ADP   up out off down over in on around by past
+subordinator  SCONJ if because when after while since before as until like though so
+conjunction   CCONJ and or but yet nor so
+free          ADV   then now here so there still again never just once too before well soon around
+degree-word   ADV   very so too quite more almost rather just even
+question-word ADV   when why how where
+interjection  INTJ  oh well no yes so please look right
+number        NUM   two 3 ten four 12 seven 5 one 40 six 1984 nine 100
+amount        SYM   % $ £
+institution   PROPN University Bank Museum
+person        NOUN  8  -,s
+thing         NOUN  10 -,s
+place         NOUN  6  -,s
+idea          NOUN  8  -,s
+act           VERB  7  -,s,ed,ing
+affect        VERB  5  -,s,ed,ing thing
+give          VERB  6  -,s,ed,ing
+say           VERB  4  -,s,ed,ing
+adjective     ADJ   12 -
+participle    ADJ   5  ed         affect
+manner        ADV   12 ly         adjective
+fast          ADV   4  -          adjective
+PER           PROPN 10 -
+LOC           PROPN 8  -
+ORG           PROPN 6  -
+surname       PROPN 8  -          LOC
+"""
 TOPICS = 24
-SIZES = {  # words a topic has of each class
-    "person": 8, "thing": 10, "place": 6, "idea": 8,  # kinds of noun
-    "act": 7, "affect": 8, "give": 2, "say": 3,  # frames of verb: what complements it takes
-    "adjective": 12, "name": 12,
-}  # fmt: skip
-KINDS = ("person", "thing", "place", "idea")
-FRAMES = ("act", "affect", "give", "say")
-
-PRONOUNS = (  # subject, object, possessive, agreement: 0 third person singular, 1 other, 2 "I"
-    ("it", "it", "its", 0), ("I", "me", "my", 2), ("he", "him", "his", 0), ("you", "you", "your", 1),
-    ("they", "them", "their", 1), ("she", "her", "her", 0), ("we", "us", "our", 1),
-    ("this", "this", "its", 0), ("that", "that", "its", 0), ("someone", "someone", "their", 0),
-    ("all", "all", "their", 1), ("one", "one", "one", 0), ("some", "some", "their", 1),
-    ("nothing", "nothing", "its", 0), ("these", "these", "their", 1),
-)  # fmt: skip
-DETERMINERS = (  # by agreement
-    "the a this that every some another each no any".split(),
-    "the some these all no those both any such".split(),
-)
-NUMBERS = "two 3 ten four 12 seven 5 one hundred 40 six 1984 nine 100 eleven".split()
-PREPOSITIONS = (
-    "of in to with on for at from by about like over under after near before since "
-    "between around through without past against across behind until despite"
-).split()
-PARTICLES = "up out off down over in on around by past".split()
-SUBORDINATORS = "if because when after while since before as until like though once so".split()
-CONJUNCTIONS = "and or but nor yet so".split()
-FREE_ADVERBS = (
-    "then now here so there still again up never just once too before well soon out around often "
-    "since away over perhaps maybe down yet ago"
-).split()
-DEGREES = "very so too quite more almost rather just even".split()
-INTERJECTIONS = "oh well no yes hey so please look right ah".split()
-QUESTIONS = "when why how where".split()
-MODALS = "will can would must may could should might".split()
-BE = (("is", "was"), ("are", "were"), ("am", "was"))  # by agreement: present, past
-HAVE = (("has", "had"), ("have", "had"), ("have", "had"))
-DO = (("does", "did"), ("do", "did"), ("do", "did"))
-
-
-class Lexeme(NamedTuple):
-    """A content word. number: its place in its topic, which decides the company that it keeps."""
-
-    forms: tuple[str, ...]
-    number: int
-
-
-def _stems(count: int) -> list[str]:
-    """Distinct pronounceable stems, the shortest first, as frequent words are the short ones."""
-    onsets = "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w"
-    codas = "b ck ct d ft g ld lk ll lt m mp n nd ng nt p pt rd rk rl rm rn rt sk sp st t th x"
-    onsets, codas = onsets.split(), codas.split()
-    vowels = "a e i o u a e i o u ai ea ee oo ou".split()
-    ends = ["", "", "", *"er el et in ock ard il ant om ish".split()]
-    rng = random.Random(2022)  # of its own: the language is the same whatever the text's seed
-    function_words = {
-        word for group in (*DETERMINERS, PREPOSITIONS, FREE_ADVERBS, DEGREES, INTERJECTIONS)
-        for word in group
-    }  # fmt: skip
-    stems: dict[str, None] = {}
-    while len(stems) < count:
-        stem = "".join(map(rng.choice, (onsets, vowels, codas, ends)))
-        if stem not in function_words:
-            stems[stem] = None
-    return sorted(stems, key=len)
-
-
-def _inflect(category: str, stem: str, rank: int) -> tuple[str, ...]:
-    """Nouns: singular, plural. Verbs: base, -s, -ed, -ing. Adjectives: base and its adverb."""
-    s = stem + ("es" if stem[-1] in "sxh" else "s")
-    if category in KINDS:
-        return stem, s
-    if category in FRAMES:
-        return stem, s, stem + "ed", stem + "ing"
-    if category == "adjective":  # some adverbs look like their adjective, as "fast" does
-        return stem, stem if rank % 4 == 1 else stem + "ly"
-    return (stem.capitalize(),)
+ENDING = {"modal": 0, "do": 0, "to/PART": 0, "have": 2, "be": 3}  # that a verb has beside these
+ENTITIES = {"PER": "PER", "LOC": "LOC", "ORG": "ORG", "institution": "ORG"}
+RECURSIVE = {"conj", "ccomp", "xcomp", "advcl", "acl:relcl", "nmod"}
 
 
 @cache
-def lexicon() -> dict[tuple[str, int], list[Lexeme]]:
-    """The content words of each (class, topic), most frequent first. It depends on no seed."""
-    slots = sorted(
-        ((rank + 1) * (topic + 1), category != "thing", category, topic, rank)
-        for category, size in SIZES.items() for topic in range(TOPICS) for rank in range(size)
-    )  # fmt: skip
-    words: dict[tuple[str, int], list[Lexeme]] = {}
-    numbers = Counter()
-    for stem, (_, _, category, topic, rank) in zip(_stems(len(slots)), slots, strict=True):
-        if category == "affect" and rank % 3 == 0:  # a verb that is a noun too, as "love" is
-            stem = words["thing", topic][rank].forms[0]
-        forms = _inflect(category, stem, rank)
-        words.setdefault((category, topic), []).append(Lexeme(forms, numbers[topic]))
-        numbers[topic] += 1
-    return words
+def _language() -> tuple[dict, dict, dict]:
+    """The phrases that are others; the rules of each phrase; the classes of words."""
+
+    def options(text):  # `a*2|b+x` is [[a], [a], [b, x]]
+        weighted = [option.partition("*") for option in text.split("|")]
+        return [names.split("+") for names, _, weight in weighted for _ in range(int(weight or 1))]
+
+    phrases, rules, classes = {}, {}, {}
+    for name, first, *rest in map(str.split, filter(None, (GRAMMAR + WORDS).splitlines())):
+        if first == "=":
+            phrases[name] = options(rest[0])
+        elif first[0] in ".1":
+            rule = (float(first.strip("*")), "*" in first, *rest[:2], options(rest[2]))
+            rules.setdefault(name, []).append(rule)
+        elif rest[0].isdecimal():
+            classes[name] = first, int(rest[0]), rest[1].split(","), (rest[2:] or [name])[0]
+        else:
+            lists = [words.split() for words in " ".join(rest).split(" / ")]
+            classes[name] = first, 0, lists[0], lists[-1]
+    return phrases, rules, classes
 
 
 @cache
-def _zipf(size: int) -> list[float]:
-    """Cumulative distribution of Zipf's law: the word of rank r has a weight of 1 / r."""
-    cumulative = list(accumulate(1 / rank for rank in range(1, size + 1)))
-    return [value / cumulative[-1] for value in cumulative]
+def _word(leaf: str, topic: int, rank: int) -> tuple[list[str], int]:
+    """The forms of a word of an open class, and a number that decides its company."""
+    tag, _, endings, source = _language()[2][leaf]
+    rng = random.Random(f"{source} {topic} {rank}")  # nothing else: no text's seed
+    parts = (
+        "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
+        "a e i o u a e i o u ai ea ee oo ou",
+        "b ck ct d ft g ld lk ll lt m mp n nd ng nt p pt rd rk rl rm rn rt sk sp st t th",
+        "er el et in ock ard il ant om en ow",
+    )
+    stem = "".join(rng.choice(part.split()) for part in parts[: 3 + (rank > 0)])
+    stem = stem.capitalize() if tag == "PROPN" else stem
+    return [stem + ending.strip("-") for ending in endings], rng.randrange(1000)
 
 
-# ---------------------------------------------------------------------------------- the grammar
+def _zipf(random, size: int) -> int:
+    """A rank from 0 on by Zipf's law: the chance of rank r is about proportional to 1 / (r + 1)."""
+    return int((size + 1) ** random()) - 1
 
 
-class Node:
-    """A word of a sentence in the making. Its head is a Node: positions come when all is said."""
-
-    __slots__ = ("deprel", "entity", "head", "position", "upos", "word")
-
-    def __init__(self, word: str, upos: str, deprel: str, head: Node | None, entity: str = "O"):
-        self.word, self.upos, self.deprel = word, upos, deprel
-        self.head, self.entity, self.position = head, entity, 0
-
-
-class Speaker:
-    """Says random sentences of the built-in language.
-
-    Each method returns a phrase: the Nodes of one subtree in their order. Phrases are only ever
-    put side by side under a common head, so that every tree is projective.
-    """
-
-    def __init__(self, seed: int):
-        self.random = random.Random(seed).random
-        self.topic = 0
-
-    def pick(self, options, shift: int = 0):
-        """One of the options by Zipf's law; `shift` makes another of them the first."""
-        size = len(options)
-        return options[(bisect(_zipf(size), self.random()) + shift) % size]
-
-    def lexeme(self, category: str, company: int = 0) -> Lexeme:
-        """A content word, mostly of the sentence's topic and of those that `company` favours."""
-        random = self.random
-        topic = self.topic if random() < 0.85 else int(random() * TOPICS)
-        return self.pick(lexicon()[category, topic], company if random() < 0.6 else 0)
-
-    def sentence(self) -> Sentence:
-        random = self.random
-        self.topic = self.pick(range(TOPICS))
-        mood = self.pick((".", ".", ".", "?", "!", ".")) if random() < 0.5 else "."
-        if random() < 0.06:  # no verb at all: "what a day!"
-            nodes = self.nominal("root", None, "thing", int(random() < 0.4), 2)
+def _top(random, topic: int, leaf: str, deprel: str, head: Node | None) -> Node:
+    """The word at the top of a phrase. Its form is chosen when its dependents are known."""
+    plural = random() < 0.35 and deprel != "compound"
+    if leaf == "who" or deprel in ("det", "aux", "cop", "acl:relcl"):
+        plural = head.plural  # agreement
+    word, _, upos = leaf.partition("/")
+    forms, number = [word], 0
+    if not upos:
+        upos, size, *lists = _language()[2][leaf]
+        if size:
+            topic = topic if random() < 0.85 else int(random() * TOPICS)
+            favourite = head.number if head and random() < 0.6 else 0
+            forms, number = _word(leaf, topic, (favourite + _zipf(random, size)) % size)
         else:
-            nodes = self.clause("root", None, 2, question=mood == "?")
-        root = next(node for node in nodes if node.head is None)
-        if random() < 0.15:
-            nodes += self.conjunct(root, self.clause("conj", root, 1), comma=random() < 0.5)
-        if random() < 0.1:
-            opening = Node(self.pick(INTERJECTIONS), "INTJ", "discourse", root)
-            nodes = self.aside([opening], nodes, root)
-        elif random() < 0.05:
-            nodes = self.aside(self.name("vocative", root, "PER"), nodes, root)
-        nodes.append(Node(mood, "PUNCT", "punct", root))
-        for position, node in enumerate(nodes, start=1):
-            node.position = position
-        return Sentence(
-            [node.word for node in nodes],
-            [node.upos for node in nodes],
-            [node.head.position if node.head else 0 for node in nodes],
-            [node.deprel for node in nodes],
-            [node.entity for node in nodes],
-        )
+            forms = [lists[plural][_zipf(random, len(lists[plural]))]]
+    if leaf in ENDING and head.upos == "VERB":
+        head.form = ENDING[leaf]
+    form = 1 + (random() < 0.45) if upos == "VERB" else 0  # present or past
+    depth = head.depth + (deprel in RECURSIVE) if head else 0
+    return Node(forms=forms, form=form, upos=upos, deprel=deprel, head=head, number=number,
+                plural=plural and upos != "PROPN", depth=depth, entity="O")  # fmt: skip
 
-    def aside(self, phrase: list[Node], nodes: list[Node], root: Node) -> list[Node]:
-        """The phrase before or after the rest, with a comma between."""
-        comma = [Node(",", "PUNCT", "punct", root)] if self.random() < 0.6 else []
-        return phrase + comma + nodes if self.random() < 0.6 else nodes + comma + phrase
 
-    def conjunct(self, first: Node, phrase: list[Node], comma: bool = False) -> list[Node]:
-        """A conjunction and the phrase, whose top hangs from `first` already."""
-        top = next(node for node in phrase if node.head is first)
-        joint = [Node(self.pick(CONJUNCTIONS), "CCONJ", "cc", top)]
-        return [Node(",", "PUNCT", "punct", top), *joint, *phrase] if comma else joint + phrase
-
-    def clause(self, deprel, head, depth, question=False, gap=None, infinitive=False):
-        """A verb or a copula with its predicate, its arguments and free adverbials.
-
-        gap: the argument that a relative clause leaves out. infinitive: no subject, no tense.
-        """
-        random = self.random
-        agreement = int(random() < 0.35)
-        copular = random() < 0.15 and gap != "obj"
-        verb = self.lexeme(self.pick(("affect", "act", "say", "give")))
-        frame = FRAMES[0]
-        if copular:
-            verb = self.lexeme("adjective")
-            predicate = Node(verb.forms[0], "ADJ", deprel, head)
-        else:
-            frame = "affect" if gap == "obj" else self.pick(("affect", "act", "say", "give"))
-            verb = self.lexeme(frame)
-            predicate = Node(verb.forms[0], "VERB", deprel, head)
-        number = verb.number
-        row: list[list[Node]] = []
-        # The subject, often left out, and the verb that agrees with it.
-        omitted = infinitive or gap == "nsubj" or random() < 0.12
-        if not omitted:
-            if random() < 0.35:
-                pronoun = self.pick(PRONOUNS)
-                agreement = pronoun[3]
-                row.append([Node(pronoun[0], "PRON", "nsubj", predicate)])
-            else:
-                kind = "person" if number % 3 else "thing"
-                row.append(self.nominal("nsubj", predicate, kind, agreement, depth - 1, number))
-        if infinitive:
-            row.append([Node("to", "PART", "mark", predicate)])
-            if copular:
-                row.append([Node("be", "AUX", "cop", predicate)])
-        else:
-            auxiliaries = self.auxiliaries(predicate, verb, agreement, copular)
-            if question and auxiliaries and random() < 0.7:
-                row.insert(0, auxiliaries.pop(0))
-            row += auxiliaries
-        row.append([predicate])
-        verb_at = len(row)
-        # Complements.
-        if frame == "affect" and gap != "obj" or frame == "give":
-            if frame == "give":
-                row.append(self.argument("iobj", predicate, "person", depth - 1, number))
-            row.append(self.argument("obj", predicate, KINDS[number % 4], depth - 1, number))
-        elif frame == "say" and depth > 0:
-            if random() < 0.5:
-                row.append(self.clause("xcomp", predicate, depth - 1, infinitive=True))
-            else:
-                content = self.clause("ccomp", predicate, depth - 1)
-                if random() < 0.5:
-                    top = next(node for node in content if node.head is predicate)
-                    content.insert(0, Node("that", "SCONJ", "mark", top))
-                row.append(content)
-        if not copular and random() < 0.12:
-            row.append([Node(self.pick(PARTICLES), "ADP", "compound:prt", predicate)])
-        if random() < 0.06 and depth > 0 and not copular:
-            other = self.lexeme(frame)
-            form = next(i for i, w in enumerate(verb.forms) if w == predicate.word)
-            row.insert(verb_at, self.conjunct(
-                predicate, [Node(other.forms[form], "VERB", "conj", predicate)]))
-        # Freedom of order: the subject after the verb, the last complement before all.
-        if not omitted and not question and random() < 0.2:
-            row.insert(verb_at - 1 + int(random() * 2), row.pop(0))
-        if len(row) > verb_at and random() < 0.2:
-            row.insert(0, row.pop())
-        # Adverbials go anywhere.
-        while random() < 0.45:
-            row.insert(int(random() * (len(row) + 1)), self.adverbial(predicate, depth - 1, number))
-        if question and random() < 0.4:
-            row.insert(0, [Node(self.pick(QUESTIONS), "ADV", "advmod", predicate)])
-        return [node for phrase in row for node in phrase]
-
-    def auxiliaries(self, predicate: Node, verb: Lexeme, agreement: int, copular: bool):
-        """Tense and negation; sets the predicate's form."""
-        random = self.random
-        past = int(random() < 0.45)
-        negated = random() < 0.1
-        row = []
-        r = random()
-        if copular:
-            if r < 0.2:
-                row = [[Node(self.pick(MODALS), "AUX", "aux", predicate)],
-                       [Node("be", "AUX", "cop", predicate)]]
-            elif r < 0.9:  # else left out: "fine by me"
-                row = [[Node(BE[agreement][past], "AUX", "cop", predicate)]]
-        elif r < 0.14:
-            row = [[Node(self.pick(MODALS), "AUX", "aux", predicate)]]
-        elif r < 0.24:
-            row = [[Node(HAVE[agreement][past], "AUX", "aux", predicate)]]
-            predicate.word = verb.forms[2]
-        elif r < 0.34:
-            row = [[Node(BE[agreement][past], "AUX", "aux", predicate)]]
-            predicate.word = verb.forms[3]
-        elif negated or r < 0.4:
-            row = [[Node(DO[agreement][past], "AUX", "aux", predicate)]]
-        elif past:
-            predicate.word = verb.forms[2]
-        elif agreement == 0:
-            predicate.word = verb.forms[1]
-        if negated:
-            row.insert(1, [Node("not", "PART", "advmod", predicate)])
-        return row
-
-    def argument(self, deprel, head, kind, depth, company=0):
-        """A pronoun or a nominal of either number, in object position."""
-        if self.random() < 0.25:
-            return [Node(self.pick(PRONOUNS)[1], "PRON", deprel, head)]
-        return self.nominal(deprel, head, kind, int(self.random() < 0.4), depth, company)
-
-    def adverbial(self, head, depth, company=0):
-        random = self.random
-        r = random()
-        if r < 0.25:
-            return [Node(self.pick(FREE_ADVERBS), "ADV", "advmod", head)]
-        if r < 0.5:
-            adverb = Node(self.lexeme("adjective", company).forms[1], "ADV", "advmod", head)
-            return self.graded(adverb)
-        if r < 0.9 or depth < 0:
-            return self.prepositional("obl", head, depth, company)
-        clause = self.clause("advcl", head, depth - 1)
-        top = next(node for node in clause if node.head is head)
-        return [Node(self.pick(SUBORDINATORS), "SCONJ", "mark", top), *clause]
-
-    def graded(self, node):
-        """An adjective or adverb, perhaps with a degree or a coordinate."""
-        phrase = [node]
-        if self.random() < 0.15:
-            phrase.insert(0, Node(self.pick(DEGREES), "ADV", "advmod", node))
-        if self.random() < 0.08:
-            form = self.lexeme("adjective").forms[node.upos == "ADV"]
-            phrase += self.conjunct(node, [Node(form, node.upos, "conj", node)])
-        return phrase
-
-    def prepositional(self, deprel, head, depth, company=0):
-        phrase = self.argument(deprel, head, self.pick(("place", "thing", "idea")), depth, company)
-        top = next(node for node in phrase if node.head is head)
-        if top.entity.endswith("LOC") or self.random() < 0.9:
-            phrase.insert(0, Node(self.pick(PREPOSITIONS), "ADP", "case", top))
-        return phrase
-
-    def nominal(self, deprel, head, kind, agreement, depth, company=0):
-        """A noun phrase headed by a noun or a name. agreement: 0 singular, 1 plural."""
-        random = self.random
-        r = random()
-        if not agreement and r < 0.16:
-            entity = "LOC" if kind == "place" else "PER" if kind == "person" else "ORG"
-            return self.name(deprel, head, entity if random() < 0.8 else "PER")
-        if r > 0.98:
-            unit = Node(self.pick("%$"), "SYM", deprel, head)
-            amount = Node(str(int(100 * random() ** 2) + 2), "NUM", "nummod", unit)
-            return [amount, unit] if unit.word == "%" else [unit, amount]
-        lexeme = self.lexeme(kind, company)
-        noun = Node(lexeme.forms[agreement], "NOUN", deprel, head)
-        before, after = [], []
-        r = random()
-        if r < 0.45:
-            before.append(Node(self.pick(DETERMINERS[agreement]), "DET", "det", noun))
-        elif r < 0.53:
-            before.append(Node(self.pick(PRONOUNS)[2], "PRON", "nmod:poss", noun))
-        elif r < 0.57:
-            owner = self.name("nmod:poss", noun, "PER")
-            before += [*owner, Node("'s", "PART", "case", owner[0])]
-        if agreement and random() < 0.15:
-            side = before if random() < 0.8 else after
-            side.append(Node(self.pick(NUMBERS), "NUM", "nummod", noun))
-        while random() < 0.28:
-            company = lexeme.number
-            if random() < 0.1:
-                word = self.lexeme("affect", company).forms[2 + int(random() < 0.4)]
-            else:
-                word = self.lexeme("adjective", company).forms[0]
-            side = before if random() < 0.7 else after
-            side += self.graded(Node(word, "ADJ", "amod", noun))
-        if random() < 0.07:
-            before.append(Node(self.lexeme("thing", lexeme.number).forms[0], "NOUN", "compound", noun))
-        if depth > 0 and random() < 0.12:
-            after += self.prepositional("nmod", noun, depth - 1, lexeme.number)
-        if random() < 0.07:
-            r = random()
-            other = self.nominal("conj", noun, kind, int(random() < 0.4), 0, company)
-            after += self.conjunct(noun, other, comma=r < 0.15)
-        if depth > 0 and random() < 0.1:
-            after += self.relative(noun, depth - 1)
-        return [*before, noun, *after]
-
-    def relative(self, noun, depth):
-        gap = "nsubj" if self.random() < 0.6 else "obj"
-        clause = self.clause("acl:relcl", noun, depth, gap=gap)
-        if gap == "nsubj" or self.random() < 0.5:
-            top = next(node for node in clause if node.head is noun)
-            clause.insert(0, Node(self.pick(("that", "who", "which")), "PRON", gap, top))
-        return clause
-
-    def name(self, deprel, head, entity):
-        """A proper name of a person (PER), a place (LOC) or an organisation (ORG)."""
-        random = self.random
-        first = Node(self.lexeme("name").forms[0], "PROPN", deprel, head, "B-" + entity)
-        nodes = [first]
-        r = random()
-        if entity == "PER":
-            if r < 0.4:
-                nodes.append(Node(self.lexeme("name").forms[0], "PROPN", "flat", first, "I-PER"))
-        elif entity == "LOC":
-            if r < 0.3:
-                before = Node(self.pick(("North", "Lake", "Mount", "New")), "PROPN", "compound", first, "B-LOC")
-                first.entity = "I-LOC"
-                nodes.insert(0, before)
-        elif r < 0.4:
-            nodes.append(Node(self.pick(("Company", "Bank", "Club")), "PROPN", "flat", first, "I-ORG"))
-        elif r < 0.7:
-            place = Node(first.word, "PROPN", "nmod", first, "I-ORG")
-            first.word = self.pick(("University", "Bank", "Friends"))
-            nodes += [Node("of", "ADP", "case", place, "I-ORG"), place]
-        return nodes
+def _phrase(random, topic: int, options: list, deprel="root", head: Node | None = None):
+    """The Nodes of a random phrase. Phrases stand side by side, so that trees are projective."""
+    phrases, rules, _ = _language()
+    applied = []
+    while options:
+        leaf, *more = options[int(random() * len(options))]
+        applied = [*chain(*(rules.get(name, ()) for name in (leaf, *more))), *applied]
+        options = phrases.get(leaf)
+    top = _top(random, topic, leaf, deprel, head)
+    row, at = [[top]], 0
+    for chance, repeated, places, relation, dependent in applied:
+        if relation in RECURSIVE:
+            chance *= 0.6**top.depth  # the deeper the rarer, so that sentences end
+        while random() < chance:
+            words = _phrase(random, topic, dependent, relation, top)
+            anywhere = int(random() * (len(row) + 1))
+            place = places[int(random() * len(places))]
+            to = {"[": 0, "<": at, ">": at + 1, "]": len(row), "~": anywhere}[place]
+            row.insert(to, words)
+            at += to <= at
+            if not repeated:
+                break
+    if deprel in ("nsubj", "nummod"):
+        head.plural = top.plural or deprel == "nummod"
+    if top.upos == "NOUN":
+        top.form = int(top.plural)
+    elif top.upos == "VERB" and top.form == 1:
+        top.form = int(not top.plural)  # she looks, they look
+    nodes = list(chain(*row))
+    if leaf in ENTITIES:  # an outer name overrules those inside it
+        for node in nodes:
+            node.entity = ("B-" if node is nodes[0] else "I-") + ENTITIES[leaf]
+    return nodes
 
 
 def generate(n: int, seed: int = 0) -> Iterator[Sentence]:
-    """`n` sentences of the built-in language; the same (n, seed) gives the same ones anywhere."""
-    speaker = Speaker(seed)
-    return (speaker.sentence() for _ in range(n))
+    """`n` random sentences of the built-in language: words, tags, trees, entities.
+
+    The same (n, seed) gives the same sentences in any process; another seed, others of the same
+    language.
+    """
+    uniform = random.Random(seed).random
+    for _ in range(n):
+        nodes = _phrase(uniform, _zipf(uniform, TOPICS), _language()[0]["sentence"])
+        position = {id(node): position for position, node in enumerate(nodes, start=1)}
+        columns = zip(*(
+            (node.forms[node.form], node.upos, position.get(id(node.head), 0), node.deprel, node.entity)
+            for node in nodes
+        ), strict=True)  # fmt: skip
+        yield Sentence(*map(list, columns))
 
 
-# ---------------------------------------------------------------------------------- the readers
+# ----------------------------------------------------------------------------------- the readers
+# A file is read in pieces: a sentence, and the text before, between and after what is read of it.
 
-WORD = re.compile(r"((?:Mr|Mrs|Ms|Dr|St|No)\.|\w+(?:['’-]\w+|[.,]\d+)*|\.{2,}|-{2,}|[^\w\s])(\s*)")
+WORD = re.compile(r"((?:Mr|Mrs|Ms|Dr|St)\.|\w+(?:['’-]\w+|[.,]\d+)*|\.{2,}|-{2,}|[^\w\s])")
+SENTENCE = re.compile(  # up to a '.', '!' or '?', white space and no lower case; or to a line's end
+    r".+?(?<!\bMr|\bMs|\bDr|\bSt)(?<!\bMrs)[.!?]+[\"'”’)»]*\s+(?![a-z\s])|.*\n|.+"
+)
 BIO_TAG = re.compile(r"O|[BI]-\S+")
 
 
-def read_lines(path) -> list[str]:
-    """The lines of a UTF-8 file, each with its line end. Raises InputError."""
+def _blocks(path) -> Iterator[list[tuple[str, str]]]:
+    """A UTF-8 file in blocks that end with a blank line: (place, line with its end)."""
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-8")
@@ -478,364 +309,91 @@ def read_lines(path) -> list[str]:
         raise InputError(f"{path}:{line}: bytes that are not UTF-8; convert the file") from None
     if not text.strip():
         raise InputError(f"{path}: empty; give a file with at least one sentence")
-    return re.findall(r"[^\n]*\n|[^\n]+", text)  # str.splitlines would split at U+2028 and others
+    block = []
+    for number, line in enumerate(re.findall(r".*\n|.+", text), start=1):  # not at U+2028 and such
+        block.append((f"{path}:{number}", line))
+        if not line.strip():
+            yield block
+            block = []
+    yield block
 
 
-def split_words(line: str) -> Iterator[list[tuple[str, str]]]:
-    """The sentences of a line, as (word, the space after it) pairs: joined, they are the line.
-
-    A sentence ends with the line, or at a final '.', '!' or '?' and its closing quotes if space
-    and no lower-case letter follow: "word, word." is four words and one sentence.
-    """
-    pairs: list[tuple[str, str]] = []
-    ended = False
-    for match in WORD.finditer(line):
-        word, space = match.groups()
-        pairs.append((word, space))
-        ended = word[0] in FINAL or (ended and word in "\"'”’)]»")
-        following = line[match.end() : match.end() + 1]
-        if ended and space and not following.islower():
-            yield pairs
-            pairs, ended = [], False
-    if pairs:
-        yield pairs
+def _text_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
+    for block in _blocks(path):
+        for text in SENTENCE.findall("".join(line for _, line in block)):
+            parts = WORD.split(text)
+            yield parts[::2], Sentence(parts[1::2])
 
 
 def read_text(path) -> Iterator[Sentence]:
-    """The sentences of a plain text, words only; no sentence crosses a line."""
-    for line in read_lines(path):
-        for pairs in split_words(line):
-            yield Sentence([word for word, _ in pairs])
+    """The sentences of a plain text: words only, punctuation split off. Raises InputError."""
+    return (sentence for _, sentence in _text_pieces(path) if sentence.words)
 
 
-def read_blocks(path) -> Iterator[tuple[int, list[str]]]:
-    """What blank lines separate: (number of the first line, lines with their ends, blanks too)."""
-    start, block = 1, []
-    for number, line in enumerate(read_lines(path), start=1):
-        block.append(line)
-        if not line.strip():
-            yield start, block
-            start, block = number + 1, []
-    if block:
-        yield start, block
+def _conllu_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
+    for block in _blocks(path):
+        places, cells, rest = [], [], [""]
+        for place, line in block:
+            columns = line.split("\t")
+            is_word = line.strip() and line[0] != "#"
+            if is_word and len(columns) != 10:
+                raise InputError(f"{place}: {len(columns)} columns; CoNLL-U has 10, split by tabs")
+            if not is_word or re.fullmatch(r"\d+[-.]\d+", columns[0]):
+                rest[-1] += line  # a comment; or a multi-word token or an empty node: no words
+                continue
+            number, form, lemma, upos, xpos, feats, head, deprel, deps, misc = columns
+            if number != str(len(cells) + 1):
+                raise InputError(f"{place}: word {number!r}; number the words 1, 2, 3...")
+            places.append(place)
+            cells.append((form, upos, head, deprel))
+            rest[-1] += f"{number}\t"
+            rest += [f"\t{lemma}\t", f"\t{xpos}\t{feats}\t", "\t", f"\t{deps}\t{misc}"]
+        words, upos, heads, deprels = map(list, zip(*cells, strict=True)) if cells else [[]] * 4
+        numbers = {str(number): number for number in range(len(cells) + 1)}
+        for place, head in zip(places, heads, strict=True):
+            if head not in numbers:
+                raise InputError(f"{place}: head {head!r}; give 0 or a word of the sentence")
+        heads = [numbers[head] for head in heads]
+        lost = sorted({*range(len(heads))}.difference(_tree(heads)[1]))
+        if cells and (heads.count(0) != 1 or lost):
+            place = places[lost[0] if lost else 0]
+            raise InputError(f"{place}: no tree; let all heads lead to one word, whose head is 0")
+        yield rest, Sentence(words, upos, heads, deprels)
 
 
 def read_conllu(path) -> Iterator[Sentence]:
-    """The sentences of a CoNLL-U treebank: words, UPOS, heads, relations. Raises InputError.
+    """The sentences of a treebank in CoNLL-U: words, UPOS, heads, relations. Raises InputError.
 
-    Multi-word tokens (`1-2`) and empty nodes (`1.1`) are not words: the tree is over the rest.
-    https://universaldependencies.org/format.html
+    Multi-word tokens and empty nodes are not words: the tree is over the others
+    (https://universaldependencies.org/format.html).
     """
-    found = False
-    for start, block in read_blocks(path):
-        if rows := conllu_rows(path, start, block):
-            found = True
-            yield rows_sentence(rows)
-    if not found:
-        raise InputError(f"{path}: no sentence; CoNLL-U has ten columns a word, tabs between them")
-
-
-def conllu_rows(path, start: int, block: list[str]) -> list[list[str]]:
-    """The ten columns of each word of a block, checked: a tree with one root."""
-    rows: list[list[str]] = []
-    places: list[str] = []
-    for number, line in enumerate(block, start=start):
-        if not line.strip() or line.startswith("#"):
-            continue
-        columns = line.rstrip("\r\n").split("\t")
-        place = f"{path}:{number}"
-        if len(columns) != 10:
-            raise InputError(f"{place}: {len(columns)} columns; CoNLL-U has 10, tabs between them")
-        if re.fullmatch(r"\d+-\d+|\d+\.\d+", columns[0]):
-            continue
-        if columns[0] != str(len(rows) + 1):
-            raise InputError(f"{place}: word id {columns[0]!r} where {len(rows) + 1} is due")
-        rows.append(columns)
-        places.append(place)
-    for place, columns in zip(places, rows, strict=True):
-        head = columns[6]
-        if not (head.isdecimal() and head.isascii() and head == str(int(head))):
-            raise InputError(f"{place}: head {head!r} is no number; give the head's id, or 0")
-        if int(head) > len(rows):
-            raise InputError(f"{place}: head {head} of a sentence of {len(rows)} words")
-    heads = [int(columns[6]) for columns in rows]
-    if rows and heads.count(0) != 1:
-        raise InputError(f"{path}:{start}: {heads.count(0)} roots; a tree has exactly one head 0")
-    reached = {0}  # the nodes known to hang from the root
-    for word in range(1, len(heads) + 1):
-        chain = []
-        while word not in reached and word not in chain:
-            chain.append(word)
-            word = heads[word - 1]
-        if word in chain:
-            raise InputError(f"{places[word - 1]}: the head of word {word} depends on it: a cycle")
-        reached.update(chain)
-    return rows
-
-
-def rows_sentence(rows: list[list[str]]) -> Sentence:
-    _, words, _, upos, _, _, heads, deprels, _, _ = map(list, zip(*rows, strict=True))
-    return Sentence(words, upos, [int(head) for head in heads], deprels)
+    return (sentence for _, sentence in _conllu_pieces(path) if sentence.words)
 
 
 def read_bio(path) -> Iterator[Sentence]:
-    """The sentences of a column file of entities (IOB2, or IOB1 as CoNLL-2003 was published).
+    """The sentences of a file with a word and its entity tag a line. Raises InputError.
 
-    Either `index word tag ...`, as Universal NER has it, or `word ... tag`. An `I-` that continues
-    nothing becomes `B-`. Raises InputError.
+    The columns are `index word tag ...`, as Universal NER has them, or `word ... tag`, as
+    CoNLL-2003 has. An `I-` that continues nothing (IOB1) becomes `B-`.
     """
-    found = False
-    for start, block in read_blocks(path):
+    for block in _blocks(path):
         words, tags = [], []
-        for number, line in enumerate(block, start=start):
-            columns = line.split("\t") if "\t" in line else line.split()
-            columns = [column.strip() for column in columns]
-            comment = line.startswith("# ") and (" = " in line or not BIO_TAG.fullmatch(columns[-1]))
+        for place, line in block:
+            columns = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+            comment = line.startswith("# ") and (" = " in line or len(columns) < 3)
             if not line.strip() or comment or columns[0] == "-DOCSTART-":
                 continue
             indexed = len(columns) > 2 and columns[0] == str(len(words) + 1)
-            if len(columns) < 2:
-                raise InputError(f"{path}:{number}: one column; give a word and its tag")
             word, tag = columns[1:3] if indexed else (columns[0], columns[-1])
-            if not BIO_TAG.fullmatch(tag):
-                raise InputError(f"{path}:{number}: {tag!r} is no tag; give O, B-TYPE or I-TYPE")
+            if len(columns) < 2 or not BIO_TAG.fullmatch(tag):
+                raise InputError(f"{place}: tag {tag!r}; give a word and O, B-TYPE or I-TYPE")
             words.append(word)
             tags.append(tag)
         if words:
-            found = True
-            entity = entity_numbers(tags)
-            yield Sentence(words, entities=bio_tags(entity, tags))
-    if not found:
-        raise InputError(f"{path}: no sentence; give a word and its tag on each line")
+            yield Sentence(words, entities=_move_entities(tags, range(len(tags))))
 
 
 # --------------------------------------------------------------------------- the transformations
-
-BRAILLE = [chr(0x2800 + byte) for byte in range(256)]
-
-
-def transliterate_word(word: str) -> str:
-    """The word in Braille patterns: its UTF-8 bytes, each as one of U+2800..U+28FF.
-
-    A bijection of all strings onto those Braille strings that spell UTF-8, so no word is shared.
-    """
-    return "".join([BRAILLE[byte] for byte in word.encode("utf-8", "surrogatepass")])
-
-
-def untransliterate_word(word: str) -> str:
-    """The word that `transliterate_word` was given. Raises InputError if there is none."""
-    try:
-        return bytes(ord(char) - 0x2800 for char in word).decode("utf-8", "surrogatepass")
-    except ValueError:
-        raise InputError(f"{word!r} is no transliterated word; give a derived text") from None
-
-
-def transliterate_ids(ids, vocab_size: int, specials: int) -> np.ndarray:
-    """Token id i becomes i + vocab_size, the first `specials` ids excepted (spec T_trans)."""
-    ids = np.asarray(ids)
-    return np.where(ids < specials, ids, ids + vocab_size)
-
-
-def entity_numbers(tags: list[str]) -> list[int]:
-    """Which entity each word is part of: 0 for none, else counted from 1."""
-    numbers, count, previous = [], 0, "O"
-    for tag in tags:
-        count += tag != "O" and (tag[0] == "B" or tag[1:] != previous[1:])
-        numbers.append(count if tag != "O" else 0)
-        previous = tag
-    return numbers
-
-
-def bio_tags(numbers: list[int], tags: list[str]) -> list[str]:
-    """Well-formed BIO tags of words whose entities and types are given, in any order."""
-    return [
-        "O" if not number else ("I" if number == previous else "B") + tag[1:]
-        for number, previous, tag in zip(numbers, [0, *numbers], tags, strict=False)
-    ]
-
-
-class OrderModel:
-    """How a language orders the head and the dependents of a noun or a verb.
-
-    An item of the row is the head or a dependent, known by its relation and tag. `counts` says how
-    often one came before another under a NOUN or VERB head, both for (relation, tag) and for the
-    relation alone, on which the smoothing falls back.
-    """
-
-    CLASSES = {"NOUN": "NOUN", "PROPN": "NOUN", "VERB": "VERB"}  # noqa: RUF012
-    EXACT = 7  # items; the exact search grows with 2 to their number
-
-    def __init__(self):
-        self.counts: Counter = Counter()
-        self.best: dict = {}
-
-    def log_odds(self, kind: str, a: tuple[str, str], b: tuple[str, str]) -> float:
-        """log p(a before b) - log p(b before a), after the treebank; 0 where it says nothing."""
-        p = 0.5
-        for one, other in ((a[0], b[0]), (a, b)):
-            ab, ba = self.counts[kind, one, other], self.counts[kind, other, one]
-            p = (ab + p) / (ab + ba + 1)  # what is known so far counts as one observation
-        return log(p / (1 - p))
-
-    def order(self, kind: str, items: tuple[tuple[str, str], ...]) -> list[int]:
-        """The best order of the items: where the pairs' log-odds add up to the most."""
-        if (kind, items) not in self.best:
-            odds = [[self.log_odds(kind, a, b) for b in items] for a in items]
-            search = _exact_order if len(items) <= self.EXACT else _greedy_order
-            self.best[kind, items] = search(odds)
-        return self.best[kind, items]
-
-
-def _exact_order(odds: list[list[float]]) -> list[int]:
-    """By dynamic programming over sets: the best order of a set ends with one of its items."""
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    for members in range(1, 1 << len(odds)):
-        options = []
-        for last in range(len(odds)):
-            if members >> last & 1:
-                score, order = best[members ^ 1 << last]
-                gain = score + sum(odds[item][last] for item in order)
-                options.append((round(gain, 9), (*order, last)))  # rounded: ties must be ties
-        # Of equals, the one nearest to the order that was.
-        best.append(max(options, key=lambda option: (option[0], [-item for item in option[1]])))
-    return list(best[-1][1])
-
-
-def _greedy_order(odds: list[list[float]]) -> list[int]:
-    """The item that most wants to be before all the others, and so on."""
-    left, order = list(range(len(odds))), []
-    while left:
-        order.append(max(left, key=lambda item: sum(odds[item][other] for other in left)))
-        left.remove(order[-1])
-    return order
-
-
-def _dependents(sentence: Sentence) -> list[list[int]]:
-    """Of each position (0-based), the row of it and its dependents; the root's is last."""
-    rows = [[] for _ in range(len(sentence.words) + 1)]
-    for position, head in enumerate(sentence.heads):
-        rows[head - 1].append(position)
-    for position in range(len(sentence.words)):
-        rows[position] = sorted([*rows[position], position])
-    return rows
-
-
-def _item(sentence: Sentence, head: int, position: int) -> tuple[str, str]:
-    """What the order model knows of one in a row; subtypes (`acl:relcl`) differ by language."""
-    relation = "head" if position == head else sentence.deprels[position].partition(":")[0]
-    return relation, sentence.upos[position]
-
-
-def learn_order(sentences: Iterable[Sentence]) -> OrderModel:
-    """The pairwise precedence of heads and dependents in a treebank; punctuation is left out."""
-    model = OrderModel()
-    for sentence in sentences:
-        rows = _dependents(sentence)
-        for head, row in enumerate(rows[:-1]):
-            kind = model.CLASSES.get(sentence.upos[head])
-            if kind is None or len(row) == 1:
-                continue
-            items = [_item(sentence, head, position) for position in row]
-            items = [item for item in items if item[0] != "punct"]
-            for at, first in enumerate(items):
-                for second in items[at + 1 :]:
-                    model.counts[kind, first, second] += 1
-                    model.counts[kind, first[0], second[0]] += 1
-    return model
-
-
-def _profile(**rows: str) -> OrderModel:
-    """An order model that always keeps to the given rows of relations."""
-    model = OrderModel()
-    for kind, row in rows.items():
-        relations = row.split()
-        for at, first in enumerate(relations):
-            for second in relations[at + 1 :]:
-                model.counts[kind, first, second] += 100
-    return model
-
-
-# A verb-final language with postpositions and adjectives after the noun, as Basque is.
-SOV = _profile(
-    VERB="discourse vocative advcl nsubj csubj obl iobj obj ccomp xcomp advmod compound head cop aux "
-    "mark conj cc",
-    NOUN="cc acl det nmod compound head flat amod nummod case cop aux mark conj",
-)
-
-
-def syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
-    """The sentence with the rows of its nouns and verbs as `model` orders them; subtrees move whole.
-
-    Punctuation keeps its place in its row, so that a final '.' stays final. In a tree that is not
-    projective each subtree is first drawn together.
-    """
-    if sentence.upos is None or sentence.heads is None or sentence.deprels is None:
-        raise InputError("syntax needs dependency trees: give a CoNLL-U file")
-    rows = _dependents(sentence)
-    depth_first = list(rows[-1])
-    for head in depth_first:
-        depth_first += [position for position in rows[head] if position != head]
-    phrases: dict[int, list[int]] = {}
-    for head in reversed(depth_first):  # dependents before their heads
-        row = rows[head]
-        kind = model.CLASSES.get(sentence.upos[head])
-        if kind and len(row) > 1:
-            moving = [i for i in row if i == head or sentence.deprels[i].partition(":")[0] != "punct"]
-            items = tuple(_item(sentence, head, position) for position in moving)
-            moved = iter([moving[at] for at in model.order(kind, items)])
-            row = [next(moved) if position in moving else position for position in row]
-        phrases[head] = [
-            word for position in row for word in ([head] if position == head else phrases[position])
-        ]
-    return phrases[rows[-1][0]]
-
-
-def invert_order(sentence: Sentence) -> list[int]:
-    """The words in reverse; a final '.', '!' or '?' stays last, transliterated or not."""
-    size = len(sentence.words)
-    kept = size and sentence.words[-1] in (*FINAL, *map(transliterate_word, FINAL))
-    return [*range(size - 1 - kept, -1, -1), *range(size - kept, size)]
-
-
-def permute_order(sentence: Sentence, seed: int, index: int) -> list[int]:
-    """The words in an order that depends on (seed, index) alone."""
-    order = list(range(len(sentence.words)))
-    random.Random(f"{seed}/{index}").shuffle(order)  # a string seeds alike in every process
-    return order
-
-
-@dataclass(slots=True)
-class Step:
-    """What the inverse of one transformation needs.
-
-    order: where each word came from (None: words did not move). entities, spans: as they were,
-    since moving words may cut or join them.
-    """
-
-    name: str
-    order: list[int] | None = None
-    entities: list[str] | None = None
-    spans: list[tuple[int, int]] = field(default_factory=list)
-
-
-def reorder(sentence: Sentence, order: list[int]) -> Sentence:
-    """The words as `order` lists them, with their labels; entities and spans may be cut."""
-    to = {old: new for new, old in enumerate(order)}
-    take = lambda labels: labels and [labels[old] for old in order]  # noqa: E731
-    heads, entities, spans = take(sentence.heads), sentence.entities, []
-    if heads:
-        heads = [to[head - 1] + 1 if head else 0 for head in heads]
-    if entities:
-        entities = bio_tags(take(entity_numbers(entities)), take(entities))
-    for start, end in sentence.spans:
-        places = sorted(to[word] for word in range(start, end))
-        starts = [place for place in places if place - 1 not in places]
-        ends = [place + 1 for place in places if place + 1 not in places]
-        spans += zip(starts, ends, strict=True)
-    return Sentence(
-        take(sentence.words), take(sentence.upos), heads, take(sentence.deprels), entities, spans
-    )
-
 
 TRANSFORMS = ("transliterate", "invert", "permute", "syntax")
 
@@ -849,44 +407,286 @@ def parse_transform(text: str) -> tuple[str, ...]:
     return names
 
 
-def transform(
-    sentence: Sentence,
-    names: Iterable[str],
-    *,
-    seed: int = 0,
-    index: int = 0,
-    order: OrderModel = SOV,
-) -> tuple[Sentence, list[Step]]:
-    """The sentence in the derived language, and the steps that `invert` undoes.
+def transliterate_word(word: str, back: bool = False) -> str:
+    """The word in Braille, a pattern U+2800 to U+28FF for each byte of its UTF-8: a bijection.
+    With `back`, the word of such Braille. Raises InputError if there is none."""
+    if not back:
+        return "".join([chr(0x2800 + byte) for byte in word.encode("utf-8", "surrogatepass")])
+    try:
+        return bytes([ord(char) - 0x2800 for char in word]).decode("utf-8", "surrogatepass")
+    except ValueError:
+        raise InputError(f"{word!r} is no transliterated word; give a derived text") from None
 
-    names: as `parse_transform` gives them, applied in turn. seed, index: `permute` depends on both;
-    index is the sentence's number in its text. order: the language that `syntax` imitates.
+
+def transliterate_ids(ids, vocab_size: int, specials: int):
+    """An array of token ids: i becomes i + vocab_size, the first `specials` ids excepted."""
+    return ids + vocab_size * (ids >= specials)
+
+
+def _tree(heads: list[int]) -> tuple[list[list[int]], list[int]]:
+    """Each position with its dependents, in their order; all that hangs from the root, top down."""
+    rows: list[list[int]] = [[] for _ in heads]
+    for position, head in enumerate(heads):
+        rows[position].append(position)
+        if head:
+            rows[head - 1].append(position)
+    reached = [position for position, head in enumerate(heads) if not head]
+    for head in reached:
+        reached += [position for position in rows[head] if position != head]
+    return rows, reached
+
+
+def _items(sentence: Sentence, head: int, row: list[int]):
+    """The kind of head (None: its row has no order), the positions that move and their items.
+
+    Punctuation does not move. Subtypes (`acl:relcl`) are left out: treebanks differ in them.
     """
-    steps = []
-    for name in names:
-        if name == "transliterate":
-            sentence = replace(sentence, words=[transliterate_word(w) for w in sentence.words])
-            steps.append(Step(name))
-            continue
+    kind = {"NOUN": "NOUN", "PROPN": "NOUN", "VERB": "VERB"}.get(sentence.upos[head])
+    relations = {i: sentence.deprels[i].partition(":")[0] for i in row} | {head: "head"}
+    moving = [i for i in row if relations[i] != "punct"]
+    return kind, moving, tuple((relations[i], sentence.upos[i]) for i in moving)
+
+
+class OrderModel(Counter):
+    """In what order a language puts the head and the dependents of a noun or a verb.
+
+    model[kind, a, b] counts how often a came before b under a head of that kind; a and b are items,
+    (relation, tag), or relations alone, to fall back on.
+    """
+
+    __hash__ = object.__hash__  # for the cache: each model is itself
+
+
+@cache
+def _orders(size: int) -> np.ndarray:
+    return np.array(list(permutations(range(size))))
+
+
+@cache
+def _best_order(model: OrderModel, kind: str, items: tuple[tuple[str, str], ...]) -> list[int]:
+    """The order of the items in which the log-odds of "a comes before b" add up to the most.
+
+    All orders of up to 7 items are tried; of more items, the one that most wants to be before all
+    the others comes first, until 7 are left. Of equals, the order given is the best.
+    """
+    odds = np.zeros((len(items), len(items)))
+    for (i, a), (j, b) in permutations(enumerate(items), 2):
+        p = 0.5  # for smoothing: what is known so far counts as one observation more
+        for first, second in ((a[0], b[0]), (a, b)):
+            before, after = model[kind, first, second], model[kind, second, first]
+            p = (before + p) / (before + after + 1)
+        odds[i, j] = log(p / (1 - p))
+    order, left = [], list(range(len(items)))
+    while len(left) > 7:
+        order.append(max(left, key=lambda item: odds[item, left].sum()))
+        left.remove(order[-1])
+    orders = np.array(left)[_orders(len(left))]  # the given one first
+    first, second = np.triu_indices(len(left), 1)
+    scores = odds[orders[:, first], orders[:, second]].sum(axis=1).round(9)
+    return order + orders[scores.argmax()].tolist()
+
+
+def learn_order(sentences: Iterable[Sentence]) -> OrderModel:
+    """The order of a treebank's language, in pairs (the aim is Wang and Eisner's, TACL 2016)."""
+    model = OrderModel()
+    for sentence in sentences:
+        for head, row in enumerate(_tree(sentence.heads)[0]):
+            kind, _, items = _items(sentence, head, row)
+            for a, b in combinations(items if kind else (), 2):
+                model.update([(kind, a, b), (kind, a[0], b[0])])
+    return model
+
+
+# A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
+SOV = OrderModel()
+for _kind, _row in (
+    ("VERB", "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc"),
+    ("NOUN", "cc acl det nmod compound head flat amod nummod case cop aux mark conj"),
+):
+    SOV.update((_kind, a, b) for a, b in combinations(_row.split(), 2))
+
+
+def _syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
+    """Subtrees move as wholes (one with gaps is first drawn together); punctuation keeps its place
+    in its row, so that a final '.' stays final."""
+    if None in (sentence.upos, sentence.heads, sentence.deprels):
+        raise InputError("syntax needs dependency trees: give a CoNLL-U file")
+    rows, top_down = _tree(sentence.heads)
+    phrases: dict[int, list[int]] = {}
+    for head in reversed(top_down):
+        kind, moving, items = _items(sentence, head, rows[head])
+        best = iter(_best_order(model, kind, items) if kind else range(len(items)))
+        row = [moving[next(best)] if i in moving else i for i in rows[head]]
+        phrases[head] = [word for i in row for word in ([i] if i == head else phrases[i])]
+    return phrases[top_down[0]]
+
+
+def _move_entities(tags: list[str], order: Iterable[int]) -> list[str]:
+    """The BIO tags of words in a new order: neighbours of one entity in one piece, `B-` first."""
+    owners: list[int] = []
+    for position, tag in enumerate(tags):
+        continues = position and tag[0] != "B" and tag[1:] == tags[position - 1][1:]
+        owners.append(owners[-1] if continues else position)
+    moved, before = [], None
+    for old in order:
+        prefix = "O" if tags[old] == "O" else "I" if owners[old] == before else "B"
+        moved.append(prefix + tags[old][1:])
+        before = owners[old]
+    return moved
+
+
+def _reorder(sentence: Sentence, order: list[int]) -> Sentence:
+    """The words as `order` lists them, with their labels; a span is stretched over its words."""
+    place = {old: new for new, old in enumerate(order)}
+    columns = (sentence.words, sentence.upos, sentence.heads, sentence.deprels)
+    words, upos, heads, deprels = (column and [column[old] for old in order] for column in columns)
+    heads = heads and [head and place[head - 1] + 1 for head in heads]
+    entities = sentence.entities and _move_entities(sentence.entities, order)
+    spans = []
+    for start, end in sentence.spans:
+        inside = [place[word] for word in range(start, end)]
+        spans.append((min(inside), max(inside) + 1))
+    return Sentence(words, upos, heads, deprels, entities, spans)
+
+
+def transform(sentence: Sentence, names: Iterable[str], seed=0, index=0, order=SOV):
+    """The sentence after the named transformations, one by one, and the steps for `invert`.
+
+    seed, index: `permute` depends on them alone; index is the sentence's number in its corpus.
+    order: an OrderModel, for `syntax`, which needs trees: raises InputError. A step is where each
+    word came from (None: none moved), and the entities and spans before it.
+    """
+    steps, size = [], len(sentence.words)
+    for name in chain(*map(parse_transform, names)):
+        places = None
         if name == "invert":
-            places = invert_order(sentence)
+            final = {*FINAL, *map(transliterate_word, FINAL)}
+            moving = size - any(word in final for word in sentence.words[-1:])
+            places = [*reversed(range(moving)), *range(moving, size)]
         elif name == "permute":
-            places = permute_order(sentence, seed, index)
+            places = list(range(size))
+            random.Random(f"{seed}/{index}").shuffle(places)  # a string: alike in any process
+        elif name == "syntax":
+            places = _syntax_order(sentence, order)
+        steps.append((places, sentence.entities, sentence.spans))
+        if places is None:
+            words = [transliterate_word(word) for word in sentence.words]
+            sentence = replace(sentence, words=words)
         else:
-            places = syntax_order(sentence, order)
-        steps.append(Step(name, places, sentence.entities, sentence.spans))
-        sentence = reorder(sentence, places)
+            sentence = _reorder(sentence, places)
     return sentence, steps
 
 
-def invert(sentence: Sentence, steps: list[Step]) -> Sentence:
-    """The sentence that `transform` was given, exactly: its steps undone, the last one first."""
-    for step in reversed(steps):
-        if step.order is None:
-            words = [untransliterate_word(word) for word in sentence.words]
+def invert(sentence: Sentence, steps: list[tuple]) -> Sentence:
+    """The sentence that `transform` was given: its steps undone, the last one first."""
+    for places, entities, spans in reversed(steps):
+        if places is None:
+            words = [transliterate_word(word, back=True) for word in sentence.words]
             sentence = replace(sentence, words=words)
-            continue
-        back = sorted(range(len(step.order)), key=step.order.__getitem__)
-        sentence = reorder(sentence, back)
-        sentence = replace(sentence, entities=step.entities, spans=step.spans)
+        else:
+            back = sorted(range(len(places)), key=places.__getitem__)
+            sentence = replace(_reorder(sentence, back), entities=entities, spans=spans)
     return sentence
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def _format(sentence: Sentence) -> str:
+    """A line of text, words and spaces; of a sentence with a tree, a block of CoNLL-U."""
+    text = " ".join(sentence.words)
+    if sentence.heads is None:
+        return text + "\n"
+    misc = [f"Entity={tag}" for tag in sentence.entities or []] or ["_"] * len(sentence.words)
+    rows = zip(count(1), sentence.words, sentence.upos, sentence.heads, sentence.deprels, misc)
+    lines = ["\t".join(map(str, (n, w, "_", u, "_", "_", h, d, "_", m))) for n, w, u, h, d, m in rows]
+    return "\n".join([f"# text = {text}", *lines, "", ""])
+
+
+def _generate_files(args) -> dict[str, list[str]]:
+    """The built-in language and its derivative, parallel, as text and trees; and the dictionary."""
+    names, originals = parse_transform(args.transform), list(generate(args.sentences, args.seed))
+    derived = [transform(s, names, seed=args.seed, index=i)[0] for i, s in enumerate(originals)]
+    files = {}
+    for side, sentences in (("original", originals), ("derived", derived)):
+        files[f"{side}.txt"] = [_format(Sentence(sentence.words)) for sentence in sentences]
+        files[f"{side}.conllu"] = [_format(sentence) for sentence in sentences]
+    words = sorted({word for sentence in originals for word in sentence.words})
+    files["dictionary.tsv"] = [f"{word}\t{transliterate_word(word)}\n" for word in words]
+    return {f"{args.out}/{name}": parts for name, parts in files.items()}
+
+
+def _transform_file(args) -> dict[str, list[str]]:
+    """The derived text or treebank; beside it, what the way back needs, a line of JSON a piece."""
+    order = learn_order(read_conllu(args.order)) if args.order else SOV
+    treebank = ".conllu" in Path(args.file).name
+    derived, undo = [], [json.dumps(treebank) + "\n"]
+    pieces = _conllu_pieces(args.file) if treebank else _text_pieces(args.file)
+    for index, (rest, sentence) in enumerate(pieces):
+        names = parse_transform(args.transform) if sentence.words else ()
+        sentence, steps = transform(sentence, names, seed=args.seed, index=index, order=order)
+        undo.append(json.dumps([rest, [places for places, *_ in steps]]) + "\n")
+        derived += [_format(sentence)] if sentence.words else []
+    return {args.out: derived, f"{args.out}.undo": undo}
+
+
+def _invert_file(args) -> dict[str, list[str]]:
+    """The file that `transform` was given, byte for byte."""
+    undo = f"{args.file}.undo"
+    try:
+        treebank, *pieces = [json.loads(line) for block in _blocks(undo) for _, line in block]
+        lines = (line for block in _blocks(args.file) for _, line in block)
+        texts = (Sentence(line.rstrip("\n").split(" ")) for line in lines)
+        sentences = read_conllu(args.file) if treebank else texts
+        original = []
+        for rest, steps in pieces:
+            sentence = next(sentences) if len(rest) > 1 else Sentence([])
+            sentence = invert(sentence, [(places, None, []) for places in steps])
+            columns = (sentence.words, sentence.upos, sentence.heads, sentence.deprels)
+            cells = chain(*zip(*(map(str, column) for column in columns if column), strict=True))
+            original += chain(*zip(rest, [*cells, ""], strict=True))
+    except (StopIteration, IndexError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{undo}: does not fit {args.file}; transform again") from error
+    return {args.out: original}
+
+
+def _write(path: str, parts: list[str]) -> None:
+    """Writes a file that takes its name when it is complete."""
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(parts)
+        part.replace(path)
+    except OSError as error:
+        if part.exists():
+            part.unlink()
+        raise InputError(f"{path}: {error.strerror}; give a place that can be written") from None
+
+
+COMMANDS = {"generate": _generate_files, "transform": _transform_file, "invert": _invert_file}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 if the user's input is at fault."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("file", nargs="?", default="FILE", help="text, or X.conllu: a treebank")
+    parser.add_argument("-o", "--out", help="file (a folder for generate); default: FILE.COMMAND")
+    parser.add_argument("--transform", default="transliterate+invert", metavar="+".join(TRANSFORMS))
+    parser.add_argument("--order", metavar="TREEBANK", help="of the language that syntax imitates")
+    parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
+    parser.add_argument("--seed", type=int, default=0, help="of generate and of permute")
+    args = parser.parse_intermixed_args(arguments)
+    args.out = args.out or f"{args.file}.{args.command}"
+    try:
+        for path, parts in COMMANDS[args.command](args).items():
+            _write(path, parts)
+    except InputError as error:
+        print(f"synth_lang.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
