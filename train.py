@@ -52,8 +52,8 @@ from alignmlm import (
 
 # ------------------------------------------------------------------------------ text to arrays
 
-LANGUAGES = "original", "derived"
 BLOCK = 1_000  # sentences: the original language has every other block, the derived one the rest
+PARTS = "original", "derived", "counterpart"  # a file each; the last is the derived one's original
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,6 @@ class Source:
             yield from synth_lang.read_conllu(path)
         for path in self.corpus:
             yield from synth_lang.read_text(path)
-
-
-class Tokenizer:
-    """SentencePiece, a word at a time, so that no sub-word depends on the word's neighbours."""
-
-    def __init__(self, path: str | Path):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.unknown = self.pieces.unk_id()
-
-    @functools.lru_cache(maxsize=1 << 20)  # noqa: B019  one per process, as long-lived as it
-    def encode(self, word: str) -> list[int]:
-        """Ids of one word of the original language, at least one; all are SPECIALS or greater."""
-        return self.pieces.encode(word) or [self.unknown]
 
 
 def train_tokenizer(sentences: Iterable[synth_lang.Sentence], pieces: int, path: Path) -> None:
@@ -107,12 +94,39 @@ def train_tokenizer(sentences: Iterable[synth_lang.Sentence], pieces: int, path:
         ) from error
 
 
+class Languages:
+    """From the words of the original language to the ids of either.
+
+    A derived id is its original's moved by the settings' shift, which is the transformation
+    "transliterate"; all others act on words. Words are cut into sub-words one at a time, so that
+    none depends on its neighbours and a sentence and its counterpart have equally many.
+    """
+
+    def __init__(self, tokenizer: Path, s: Settings, order: synth_lang.OrderModel):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        self.shift, self.order = s.shift, order
+        names = synth_lang.parse_transform(s.transform)
+        self.names = tuple(name for name in names if name != "transliterate")
+
+    def derive(self, sentence: synth_lang.Sentence, index: int) -> synth_lang.Sentence:
+        """Words, labels and trees in the derived order; index seeds what is random."""
+        return synth_lang.transform(sentence, self.names, index=index, order=self.order)[0]
+
+    def encode(self, words: list[str], derived: bool) -> list[list[int]]:
+        """The ids of each word: one or more, none of them special."""
+        shift = self.shift if derived else 0
+        return [[id + shift for id in self._encode_word(word)] for word in words]
+
+    @functools.lru_cache(maxsize=1 << 20)  # noqa: B019  there is one of these a process
+    def _encode_word(self, word: str) -> list[int]:
+        return self.pieces.encode(word) or [self.pieces.unk_id()]
+
+
 class Packer:
     """Sentences into a file of rows of `length` int32 ids, with nothing padded.
 
     A row is BOS and the running text, every sentence closed by EOS; a sentence that a row's end
-    cuts goes on in the next, and what is left at the end is dropped. A text and its counterpart
-    stay side by side in their two files, since their sentences have equal lengths.
+    cuts goes on in the next, and what is left at the end is dropped.
     """
 
     def __init__(self, path: Path, length: int):
@@ -133,48 +147,20 @@ class Packer:
         return self.rows
 
 
-class Languages:
-    """From the original language's words to either language's ids.
-
-    A derived id is its original id moved by the settings' shift, which is the transformation
-    "transliterate"; all others act on words, before they are cut into sub-words.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, s: Settings, order=None):
-        self.tokenizer, self.shift, self.order = tokenizer, s.shift, order
-        names = synth_lang.parse_transform(s.transform)
-        self.names = tuple(name for name in names if name != "transliterate")
-
-    def derive(self, sentence: synth_lang.Sentence, index: int) -> synth_lang.Sentence:
-        """Words, labels and trees in the derived order; index seeds the random ones."""
-        return synth_lang.transform(sentence, self.names, index=index, order=self.order)[0]
-
-    def encode(self, words: list[str], derived: bool) -> list[list[int]]:
-        """The ids of each word."""
-        shift = self.shift if derived else 0
-        return [[id + shift for id in self.tokenizer.encode(word)] for word in words]
-
-
 @dataclass
 class Corpus:
-    """Token ids on disk, memory-mapped; derived ones already shifted."""
+    """Packed ids on disk, memory-mapped, (rows, T) int32 each."""
 
     languages: Languages
-    original: np.ndarray  # (n, T) int32, from one half of the text
-    derived: np.ndarray  # (m, T) int32, from the other
-    pairs: tuple[np.ndarray, np.ndarray]  # (p, T / 2) int32 each: that other half, and it derived
+    original: np.ndarray  # one half of the text
+    derived: np.ndarray  # the other half, transformed; its ids already shifted
+    counterpart: np.ndarray  # that other half untransformed, token for token beside it
 
     @staticmethod
     def open(folder: Path, s: Settings, order) -> "Corpus":
-        def rows(name, width):
-            return np.memmap(folder / f"{name}.bin", np.int32, "r").reshape(-1, width)
-
-        halves = [rows(f"pairs_{name}", s.positions // 2) for name in LANGUAGES]
-        return Corpus(
-            Languages(Tokenizer(folder / "tokenizer.model"), s, order),
-            *(rows(name, s.positions) for name in LANGUAGES),
-            (halves[0], halves[1]),
-        )
+        arrays = [np.memmap(folder / f"{part}.bin", np.int32, "r") for part in PARTS]
+        languages = Languages(folder / "tokenizer.model", s, order)
+        return Corpus(languages, *(array.reshape(-1, s.positions) for array in arrays))
 
 
 def prepare(source: Source, s: Settings, root: Path) -> Corpus:
@@ -185,42 +171,40 @@ def prepare(source: Source, s: Settings, root: Path) -> Corpus:
     """
     names = synth_lang.parse_transform(s.transform)
     files = [p for p in (*source.corpus, *source.treebank, source.order) if p]
-    for path in files:
-        if not Path(path).is_file():
-            raise synth_lang.InputError(f"{path}: no such file: check the path")
     stamps = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in files]
     key = repr((source, stamps, names, s.vocab_size, s.positions))
     folder = root / f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    order = synth_lang.learn_order(synth_lang.read_conllu(source.order)) if source.order else None
+    order = synth_lang.SOV
+    if source.order:
+        order = synth_lang.learn_order(synth_lang.read_conllu(source.order))
     if folder.exists():
         return Corpus.open(folder, s, order)
 
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="making-data-") as made:
-        made = Path(made)
-        train_tokenizer(source.read(), s.pieces, made / "tokenizer.model")
-        languages = Languages(Tokenizer(made / "tokenizer.model"), s, order)
-        original, derived = (Packer(made / f"{n}.bin", s.positions) for n in LANGUAGES)
-        pairs = [Packer(made / f"pairs_{n}.bin", s.positions // 2) for n in LANGUAGES]
-        for index, sentence in enumerate(tqdm(source.read(), "tokenising", unit=" sentences")):
+        tokenizer = Path(made, "tokenizer.model")
+        train_tokenizer(source.read(), s.pieces, tokenizer)
+        languages = Languages(tokenizer, s, order)
+        original, derived, counterpart = (
+            Packer(Path(made, f"{p}.bin"), s.positions) for p in PARTS
+        )
+        sentences = tqdm(source.read(), "tokenising", unit=" sentences", mininterval=1)
+        for index, sentence in enumerate(sentences):
             ids = languages.encode(sentence.words, derived=False)
             if index // BLOCK % 2 == 0:
                 original.add(ids)
             else:
-                counterpart = languages.derive(sentence, index).words
-                counterpart = languages.encode(counterpart, derived=True)
-                derived.add(counterpart)
-                pairs[0].add(ids)
-                pairs[1].add(counterpart)
-        rows = [packer.close() for packer in (original, derived, *pairs)]
-        if not all(rows):
+                words = languages.derive(sentence, index).words
+                derived.add(languages.encode(words, derived=True))
+                counterpart.add(ids)
+        if not all([packer.close() for packer in (original, derived, counterpart)]):
             raise synth_lang.InputError(
                 f"{', '.join(files) or 'the built-in language'}: too little text for a sequence of "
                 f"{s.positions} tokens in each half ({BLOCK} sentences in turn): give more"
             )
         with contextlib.suppress(OSError):  # another run has just made the same
             os.rename(made, folder)
-            made.mkdir()  # for its owner to remove
+            os.mkdir(made)  # for its owner to remove
     return Corpus.open(folder, s, order)
 
 
@@ -232,28 +216,26 @@ def shuffled(rows: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(seed).permutation(rows)
 
 
-def draw(array: np.ndarray, count: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Which rows step number `step` takes, `count` of them: shuffled epochs, one after another."""
-    places = np.arange(step * count, (step + 1) * count)
-    epochs, places = np.divmod(places, len(array))
-    return np.array(
-        [shuffled(len(array), (*seed, e))[p] for e, p in zip(epochs, places, strict=True)]
-    )
+def draw(rows: int, count: int, step: int, seed: tuple[int, ...]) -> list[int]:
+    """Which of the rows step number `step` takes: shuffled epochs, one after another."""
+    places = (divmod(place, rows) for place in range(step * count, (step + 1) * count))
+    return [shuffled(rows, (*seed, epoch))[place] for epoch, place in places]
 
 
 def make_batch(corpus: Corpus, s: Settings, dictionary: np.ndarray, step: int) -> Batch:
     """Step number `step`'s batch: half original, half derived; with XLM, half of it pairs."""
     pairs = s.batch // 2 if s.objective == "xlm" else 0
     half = (s.batch - pairs) // 2
-    original = corpus.original[draw(corpus.original, half, step, (s.seed, 1))]
-    derived = corpus.derived[draw(corpus.derived, half, step, (s.seed, 2))]
+    original = corpus.original[draw(len(corpus.original), half, step, (s.seed, 1))]
+    derived = corpus.derived[draw(len(corpus.derived), half, step, (s.seed, 2))]
     tokens = np.concatenate([original, derived])
     languages = np.repeat([[0], [1]], half, axis=0) + np.zeros_like(tokens)
     positions = np.zeros_like(tokens) + np.arange(s.positions)
     if pairs:
-        parallel = corpus.pairs[0][: math.ceil(s.parallel_share * len(corpus.pairs[0]))]
+        sides = [a.reshape(-1, s.positions // 2) for a in (corpus.counterpart, corpus.derived)]
+        parallel = math.ceil(s.parallel_share * len(sides[0]))
         rows = draw(parallel, pairs, step, (s.seed, 3))
-        paired = pair_translations(corpus.pairs[0][rows], corpus.pairs[1][rows])
+        paired = pair_translations(sides[0][rows], sides[1][rows])
         both = zip((tokens, languages, positions), paired, strict=True)
         tokens, languages, positions = (np.concatenate(parts) for parts in both)
 
@@ -269,6 +251,7 @@ def make_batch(corpus: Corpus, s: Settings, dictionary: np.ndarray, step: int) -
 
 LOG_EVERY = 20  # steps; only then does the host ask the device for a number
 MAX_STREAK = 20  # steps without a finite gradient
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 def rate_at(step: int, s: Settings) -> float:
@@ -321,13 +304,8 @@ def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, int]:
     for path in sorted(folder.glob("checkpoint-*.safetensors"), reverse=True):
         try:
             with safe_open(path, "pt") as file:
-                metadata, tensors = (
-                    file.metadata(),
-                    {
-                        n: file.get_tensor(n)
-                        for n in file.keys()  # noqa: SIM118
-                    },
-                )
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             if checksum(tensors) != metadata["crc32"]:
                 raise ValueError("its checksum is wrong")
         except (OSError, KeyError, ValueError, SafetensorError) as error:
@@ -342,14 +320,15 @@ def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, int]:
     return 0, 0
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Take out the lines beyond the checkpoint that training goes on from."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+def open_log(path: Path, step: int):
+    """The log, to go on after `step`: lines beyond it, from before a stop, are taken out."""
+    if RANK > 0:
+        return open(os.devnull, "w")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.with_suffix(".part").write_text("".join(kept))
+    os.replace(path.with_suffix(".part"), path)
+    return open(path, "a")
 
 
 def pretrain(
@@ -360,86 +339,154 @@ def pretrain(
 
     accumulate: in how many slices a batch is computed, one after another, to need less memory.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if s.batch % (WORLD * accumulate):
+        raise ValueError(f"batch {s.batch} cannot be cut into {WORLD * accumulate} equal slices")
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(device)
     optimizer = make_optimizer(model, s)
     start, skipped = load_checkpoint(folder, model, optimizer)
-    if rank == 0:
-        trim_log(folder / "log.jsonl", start)
     pairs = make_dictionary(s)
     dictionary = torch.from_numpy(pairs).to(device)
     network = torch.compile(model) if compiled else model
-    if world > 1:
+    if WORLD > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
+    share = s.batch // (WORLD * accumulate)
+    firsts = range(RANK * accumulate * share, (RANK + 1) * accumulate * share, share)
     model.train()
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
-    share = s.batch // (world * accumulate)
-    slices = [
-        slice(first * share, (first + 1) * share)
-        for first in range(rank * accumulate, (rank + 1) * accumulate)
-    ]
-    total_loss, total_mlm, skips, streak = (torch.zeros((), device=device) for _ in range(4))
+    losses, skips, streak = torch.zeros(2, device=device), 0, 0
     clock, logged = time.perf_counter(), start
-    bar = tqdm(total=s.steps, initial=start, disable=rank > 0, unit="step", mininterval=1)
-    with ThreadPoolExecutor(1) as ahead, open(folder / "log.jsonl", "a") as log:
+    bar = tqdm(total=s.steps, initial=start, disable=RANK > 0, unit="step", mininterval=1)
+    with ThreadPoolExecutor(1) as ahead, open_log(folder / "log.jsonl", start) as log:
         upcoming = ahead.submit(make_batch, corpus, s, pairs, start)
         for step in range(start, s.steps):
             batch = upcoming.result()
             upcoming = ahead.submit(make_batch, corpus, s, pairs, step + 1)
-            torch.manual_seed(hash((s.seed, step, rank)))  # of dropout
+            torch.manual_seed(hash((s.seed, step, RANK)))  # of dropout
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, s)
-            for part in slices:
+            for first in firsts:
+                part = batch.to(device, slice(first, first + share))
                 with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
-                    loss, mlm = network(batch.to(device, part), dictionary)
-                (loss / len(slices)).backward()
-                total_loss += loss.detach() / len(slices)
-                total_mlm += mlm / len(slices)
+                    loss, mlm = network(part, dictionary)
+                (loss / accumulate).backward()
+                losses += torch.stack([loss.detach(), mlm]) / accumulate
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            # A fused optimizer leaves a step out by itself; to ask for the value here would wait.
+            # A fused optimizer leaves the step out by itself: asking here would wait for the GPU.
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
             optimizer.zero_grad()
-            skips += optimizer.found_inf
+            skips = skips + optimizer.found_inf
             streak = (streak + 1) * optimizer.found_inf
             done = step + 1
             bar.update()
 
-            if done % LOG_EVERY and done < s.steps and not signals:
+            last = done == s.steps
+            if not (done % LOG_EVERY == 0 or done % save_every == 0 or last or signals):
                 continue
-            if rank == 0:
-                speed = (done - logged) * s.batch * s.positions / (time.perf_counter() - clock)
-                line = {
-                    "step": done,
-                    "loss": total_loss.item() / (done - logged),
-                    "mlm": total_mlm.item() / (done - logged),
-                    "rate": rate_at(step, s),
-                    "tokens_per_second": round(speed),
-                    "skipped": skipped + int(skips.item()),
-                }
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                bar.set_postfix(mlm=f"{line['mlm']:.3f}", tokens_s=f"{speed:,.0f}")
+            seconds, steps = time.perf_counter() - clock, done - logged
+            line = {
+                "step": done,
+                "loss": losses[0].item() / steps,
+                "mlm": losses[1].item() / steps,
+                "rate": rate_at(step, s),
+                "tokens_per_second": round(steps * s.batch * s.positions / seconds),
+                "skipped": skipped + int(skips),
+            }
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix(mlm=f"{line['mlm']:.3f}", tokens_s=line["tokens_per_second"])
             if streak >= MAX_STREAK:
                 raise ValueError(
                     f"{folder}: no finite gradient in {MAX_STREAK} steps in a row, up to step "
                     f"{done}: try a lower --rate in a new folder (the last checkpoint is good)"
                 )
-            total_loss.zero_()
-            total_mlm.zero_()
+            losses.zero_()
             clock, logged = time.perf_counter(), done
-            if rank == 0 and (done % save_every == 0 or signals) and done < s.steps:
-                save_checkpoint(folder, done, skipped + int(skips.item()), model, optimizer)
-            if signals:
+            if RANK == 0 and not last and (done % save_every == 0 or signals):
+                save_checkpoint(folder, done, line["skipped"], model, optimizer)
+            if signals and not last:
                 sys.exit(128 + signals[0])
-    if rank == 0:
+    if RANK == 0:
         to_hf(model, folder / "model")
         for path in folder.glob("checkpoint-*"):
             path.unlink()
+
+
+# ----------------------------------------------------------------------------------- benchmark
+
+
+def peak_memory(step, device: str) -> int:
+    """Bytes that one call of `step` takes at most, beyond what is allocated before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def benchmark(s: Settings, device: str, compiled: bool) -> None:
+    """A training step beside that of transformers' RobertaForMaskedLM: same weights, same batch."""
+    from transformers import RobertaForMaskedLM  # of the tests' and the benchmark's needs alone
+
+    ours = MaskedLM(s).to(device).train()
+    with tempfile.TemporaryDirectory() as folder:
+        to_hf(ours, folder)
+        theirs = RobertaForMaskedLM.from_pretrained(folder).to(device).train()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(SPECIALS, s.vocab_size, (s.batch, s.positions))
+    same = np.zeros_like(tokens), np.zeros_like(tokens) + np.arange(s.positions)
+    batch = Batch(*mask_tokens(tokens, s, rng), *same).to(device)
+    labels = torch.full_like(batch.tokens, -100).scatter_(1, batch.masked, batch.labels)
+    everything = torch.ones_like(batch.tokens)  # attention_mask, as its collator makes it
+    dictionary = torch.from_numpy(make_dictionary(s)).to(device)
+
+    def stepper(model, loss_of):
+        optimizer = make_optimizer(model, s)
+
+        def step():
+            with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
+                loss = loss_of()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if device != "cpu":
+                torch.cuda.synchronize()
+
+        return step
+
+    our_net, their_net = (torch.compile(m) if compiled else m for m in (ours, theirs))
+    steps = {
+        "alignmlm": stepper(ours, lambda: our_net(batch, dictionary)[0]),
+        "transformers": stepper(theirs, lambda: their_net(
+            input_ids=batch.tokens, attention_mask=everything, labels=labels).loss),
+    }  # fmt: skip
+    seconds = {name: [] for name in steps}
+    for repeat in range(13):  # in turn, so that both meet the same machine; three to warm up
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name] += [time.perf_counter() - started] if repeat >= 3 else []
+    print("| step | median ms | fastest | slowest | tokens/s | extra memory, MiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    memory = {name: peak_memory(step, device) / 2**20 for name, step in steps.items()}
+    for name, t in seconds.items():
+        median, *ends = (1e3 * f(t) for f in (np.median, min, max))
+        print(f"| {name} | {median:.1f} | {ends[0]:.1f} | {ends[1]:.1f} "
+              f"| {1e3 * tokens.size / median:,.0f} | {memory[name]:.0f} |")  # fmt: skip
+    speed = np.median(seconds["transformers"]) / np.median(seconds["alignmlm"])
+    share = memory["alignmlm"] / memory["transformers"]
+    print(f"\n{speed:.2f} times as fast, {share:.2f} of its extra memory")
+    print(f"({device}, {torch.get_num_threads()} threads, torch {torch.__version__})")
 
 
 # ------------------------------------------------------------------------------------- command
@@ -519,24 +566,41 @@ def run(folder: Path, s: Settings, source: Source, device: str, **options) -> No
     refuse_other(folder / "settings.json", record)
     if (folder / "model" / "config.json").exists():
         return
-    corpus = prepare(source, s, folder.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", record)
+    with first_process_first():
+        corpus = prepare(source, s, folder.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "settings.json", record)
     pretrain(corpus, s, folder, device, **options)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Of several processes, the others wait until the first one has left the block."""
+    if RANK > 0:
+        torch.distributed.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        torch.distributed.barrier()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "folder", type=Path, help="of this run; its parent keeps the shared corpora"
-    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", type=Path, nargs="?", help="of the run; beside it, its corpus")
+    what.add_argument("--bench", action="store_true", help="time a step beside transformers'")
     add_options(parser)
     args = parser.parse_args()
+    s = preset(args.preset, **given_settings(args))
     if args.threads:
         torch.set_num_threads(args.threads)
-    s = preset(args.preset, **given_settings(args))
+    if args.bench:
+        return benchmark(s, args.device, args.compile)
+    if WORLD > 1:
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    if WORLD > 1 and args.device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     run(
         args.folder, s, source_of(args), args.device,
         save_every=args.save_every, accumulate=args.accumulate, compiled=args.compile,
