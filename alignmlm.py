@@ -27,7 +27,7 @@ embedding matrix, K dictionary pairs.
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from kernels import alignment_loss, masked_lm_loss
 OBJECTIVES = ("mlm", "xlm", "dict", "align")
 BOS, PAD, EOS, MASK = range(4)  # both languages share these
 SPECIALS = 4  # the first id of a word
+CAN_BE_ZERO = ("seed", "dropout", "alpha", "translate_probability", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,26 @@ class Settings:
 
     def __post_init__(self):
         """Raise ValueError, naming the setting and the mend, for an experiment that cannot be."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and field.name not in CAN_BE_ZERO and not value > 0:
+                raise ValueError(f"settings: {field.name} is {value}, but must be above 0")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"no objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
         checks = {
-            f"objective is one of {', '.join(OBJECTIVES)}": self.objective in OBJECTIVES,
-            f"width {self.width} is a multiple of heads {self.heads}": self.width % self.heads == 0,
-            "positions is even and at least 8": self.positions >= 8 and self.positions % 2 == 0,
-            "batch is a multiple of 4": self.batch > 0 and self.batch % 4 == 0,
-            "dropout is in [0, 1)": 0 <= self.dropout < 1,
-            "mask_share is in (0, 0.5]": 0 < self.mask_share <= 0.5,
-            "parallel_share is in (0, 1]": 0 < self.parallel_share <= 1,
-            "dictionary_share is in (0, 1]": 0 < self.dictionary_share <= 1,
+            "heads divides width": self.width % self.heads == 0,
+            "width is a multiple of 16": self.width % 16 == 0,  # what the kernels take
+            "positions is even, at least 8": self.positions % 2 == 0 and self.positions >= 8,
+            "tune_length is at most positions": self.tune_length <= self.positions,
+            "batch is a multiple of 4": self.batch % 4 == 0,
+            "dropout is below 1": self.dropout < 1,
+            "mask_share is at most 0.5": self.mask_share <= 0.5,
+            "dictionary_share is at most 1": self.dictionary_share <= 1,
+            "parallel_share is at most 1": self.parallel_share <= 1,
         }
         for requirement, holds in checks.items():
             if not holds:
-                raise ValueError(f"settings: must hold: {requirement}")
+                raise ValueError(f"settings: it must be that {requirement}")
 
     @property
     def shift(self) -> int:
@@ -370,6 +378,7 @@ HF_CONFIG = {  # their name of a setting: ours
     "hidden_dropout_prob": "dropout",
 }
 HF_FIXED = {"model_type": "roberta", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+HF_DERIVED = {"lm_head.decoder.weight", "lm_head.decoder.bias", "roberta.embeddings.position_ids"}
 HF_SKIPPED_POSITIONS = 2  # RoBERTa numbers positions from PAD + 1
 HF_MODULES = {  # our name of a module: theirs
     "word_embeddings": "roberta.embeddings.word_embeddings",
@@ -437,19 +446,19 @@ def from_hf(folder: str | Path, settings: Settings | None = None) -> MaskedLM:
     try:
         config = json.loads(config_file.read_text())
         for key, value in HF_FIXED.items():
-            if config.get(key) != value:
-                raise ValueError(f"{key} is {config.get(key)!r}, but only {value!r} is known here")
-        s = replace(
-            settings or Settings(),
-            positions=config["max_position_embeddings"] - HF_SKIPPED_POSITIONS,
-            **{ours: config[theirs] for theirs, ours in HF_CONFIG.items()},
-        )
-        model = MaskedLM(s)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+            if config[key] != value:
+                raise ValueError(f"{key} is {config[key]!r}, but only {value!r} is known here")
+        positions = config["max_position_embeddings"] - HF_SKIPPED_POSITIONS
+        s = settings or Settings(tune_length=min(positions, Settings.tune_length))
+        ours = {ours: config[theirs] for theirs, ours in HF_CONFIG.items()}
+        model = MaskedLM(replace(s, positions=positions, **ours))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{config_file}: not a RoBERTa model's settings: {error}") from error
     try:
         theirs = load_file(weights_file)
-        state = {n: torch.cat([theirs[t] for t in _hf_names(n)]) for n in model.state_dict()}
+        state = {n: torch.cat([theirs.pop(t) for t in _hf_names(n)]) for n in model.state_dict()}
+        if left := theirs.keys() - HF_DERIVED:
+            raise KeyError(f"{min(left)} has no place in the model")
         positions = state["position_embeddings.weight"][HF_SKIPPED_POSITIONS:]
         model.load_state_dict(state | {"position_embeddings.weight": positions})
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:

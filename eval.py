@@ -241,12 +241,15 @@ def read_cells(folder: Path) -> list[dict]:
     cells = []
     for path in sorted(folder.glob("*/pos.json")):
         try:
-            cells.append(json.loads(path.read_text()))
-        except ValueError as error:
+            cell = json.loads(path.read_text())
+            key = cell["transform"], list(NAMES).index(cell["objective"]), cell["seed"]
+            float(cell["Delta"] + cell["alignment"]["all"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
+        cells.append((key, cell))
     if not cells:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
-    return sorted(cells, key=lambda c: (c["transform"], list(NAMES).index(c["objective"])))
+    return [cell for _, cell in sorted(cells, key=lambda pair: pair[0])]
 
 
 def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:

@@ -172,7 +172,7 @@ def prepare(source: Source, s: Settings, root: Path) -> Corpus:
     names = synth_lang.parse_transform(s.transform)
     files = [p for p in (*source.corpus, *source.treebank, source.order) if p]
     stamps = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in files]
-    key = repr((source, stamps, names, s.vocab_size, s.positions))
+    key = json.dumps((dataclasses.asdict(source), stamps, names, s.vocab_size, s.positions))
     folder = root / f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     order = synth_lang.SOV
     if source.order:
@@ -281,7 +281,8 @@ def save_checkpoint(folder: Path, step: int, skipped: int, model, optimizer) -> 
         for kind, tensor in optimizer.state[parameter].items():
             tensors[f"{kind} {name}"] = tensor
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"step": str(step), "skipped": str(skipped), "crc32": checksum(tensors)}
+    metadata = {"step": str(step), "skipped": str(skipped)}
+    metadata["crc32"] = checksum(tensors, metadata)
     path = folder / f"checkpoint-{step:08d}.safetensors"
     save_file(tensors, f"{path}.part", metadata)
     descriptor = os.open(f"{path}.part", os.O_RDONLY)
@@ -292,10 +293,12 @@ def save_checkpoint(folder: Path, step: int, skipped: int, model, optimizer) -> 
         old.unlink()
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    crc = 0
+def checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    crc = zlib.crc32(f"{metadata['step']} {metadata['skipped']}".encode())
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
     return str(crc)
 
 
@@ -306,16 +309,17 @@ def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, int]:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            if checksum(tensors) != metadata["crc32"]:
-                raise ValueError("its checksum is wrong")
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            print(f"{path}: damaged, the one before it is used ({error})", file=sys.stderr)
+            if checksum(tensors, metadata) != metadata["crc32"]:
+                raise ValueError("wrong checksum")
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            print(f"{path}: damaged ({error}): going on from the one before", file=sys.stderr)
             continue
         for name, parameter in model.named_parameters():
             parameter.data.copy_(tensors[name])
-            kinds = ("step", "exp_avg", "exp_avg_sq")
-            device = parameter.device
-            optimizer.state[parameter] = {k: tensors[f"{k} {name}"].to(device) for k in kinds}
+            optimizer.state[parameter] = {
+                kind: tensors[f"{kind} {name}"].to(parameter.device)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+            }
         return int(metadata["step"]), int(metadata["skipped"])
     return 0, 0
 
@@ -329,6 +333,19 @@ def open_log(path: Path, step: int):
     path.with_suffix(".part").write_text("".join(kept))
     os.replace(path.with_suffix(".part"), path)
     return open(path, "a")
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM only noted, in the list given, so that a step can be finished and saved."""
+    noted = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, _: noted.append(n)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def pretrain(
@@ -354,13 +371,14 @@ def pretrain(
     firsts = range(RANK * accumulate * share, (RANK + 1) * accumulate * share, share)
     model.train()
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: signals.append(received))
     losses, skips, streak = torch.zeros(2, device=device), 0, 0
     clock, logged = time.perf_counter(), start
     bar = tqdm(total=s.steps, initial=start, disable=RANK > 0, unit="step", mininterval=1)
-    with ThreadPoolExecutor(1) as ahead, open_log(folder / "log.jsonl", start) as log:
+    with (
+        noted_signals() as signals,
+        ThreadPoolExecutor(1) as ahead,
+        open_log(folder / "log.jsonl", start) as log,
+    ):
         upcoming = ahead.submit(make_batch, corpus, s, pairs, start)
         for step in range(start, s.steps):
             batch = upcoming.result()
@@ -388,17 +406,18 @@ def pretrain(
             if not (done % LOG_EVERY == 0 or done % save_every == 0 or last or signals):
                 continue
             seconds, steps = time.perf_counter() - clock, done - logged
+            loss, mlm = (x if math.isfinite(x) else None for x in (losses / steps).tolist())
             line = {
                 "step": done,
-                "loss": losses[0].item() / steps,
-                "mlm": losses[1].item() / steps,
+                "loss": loss,
+                "mlm": mlm,
                 "rate": rate_at(step, s),
                 "tokens_per_second": round(steps * s.batch * s.positions / seconds),
                 "skipped": skipped + int(skips),
             }
             log.write(json.dumps(line) + "\n")
             log.flush()
-            bar.set_postfix(mlm=f"{line['mlm']:.3f}", tokens_s=line["tokens_per_second"])
+            bar.set_postfix(mlm=mlm, tokens_s=line["tokens_per_second"])
             if streak >= MAX_STREAK:
                 raise ValueError(
                     f"{folder}: no finite gradient in {MAX_STREAK} steps in a row, up to step "
@@ -497,13 +516,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", nargs="*", default=[], metavar="TEXT", help="plain text")
     parser.add_argument("--treebank", nargs="*", default=[], metavar="CONLLU", help="trees")
     parser.add_argument("--order", metavar="CONLLU", help="`syntax` takes its word order from this")
-    parser.add_argument(
-        "--sentences",
-        type=int,
-        default=Source.sentences,
-        help="of the built-in language (%(default)s)",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sentences", type=int, default=Source.sentences,
+                        help="of the built-in language (%(default)s)")  # fmt: skip
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--accumulate", type=int, default=1, help="slices of a batch (%(default)s)")
     parser.add_argument("--save-every", type=int, default=1000, help="steps (%(default)s)")
@@ -532,9 +548,13 @@ def refuse_other(path: Path, record: dict) -> None:
     """A folder's settings stay what they were: ValueError with those that now differ."""
     if not path.exists():
         return
-    there = json.loads(path.read_text())
-    for part in ("settings", "source"):
-        now, then = json.loads(json.dumps(record[part])), there[part]
+    try:
+        there = json.loads(path.read_text())
+        thens = {part: dict(there[part]) for part in ("settings", "source")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}): use a new folder") from error
+    for part, then in thens.items():
+        now = json.loads(json.dumps(record[part]))
         differ = [f"{k} {then.get(k)} (now {now[k]})" for k in now if then.get(k) != now[k]]
         if differ:
             raise ValueError(f"{path}: has other settings: {', '.join(differ)}: use a new folder")
@@ -552,7 +572,8 @@ def guarded(main) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(2)
 
 
