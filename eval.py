@@ -1,8 +1,8 @@
 """Fine-tune a pre-trained model in one language, test it in both, and report.
 
     python eval.py pos runs/align                   POS tagging and alignment of one run
-    python eval.py report runs --out results/tiny   table, figures and results.json of all runs
-    python eval.py grid --out runs                  every objective and seed, then the report
+    python eval.py grid --out runs/tiny             every objective and seed, then the report
+    python eval.py report runs/tiny                 table, figures and results.json of those runs
 
 The measures are the paper's (its section 4.2). BZ, bilingual zero-shot: fine-tuned on the original
 language, tested on the derived one. BS, bilingual supervised: fine-tuned and tested on the derived
@@ -78,7 +78,10 @@ def encode_tagged(
     sentences: Iterable[synth_lang.Sentence], tags: list[str], languages: Languages, derived: bool,
     length: int,
 ) -> Tagged:  # fmt: skip
-    """Sentences as ids, in one language; cut after `length` ids. Labels are indices in `tags`."""
+    """Sentences as ids, in one language; labels are indices in `tags`.
+
+    A sentence is cut after `length` ids; the words beyond are neither learned from nor scored.
+    """
     number = {tag: i for i, tag in enumerate(tags)}
     encoded = Tagged([], [], int(derived))
     for index, sentence in enumerate(sentences):
@@ -372,7 +375,7 @@ def grid(args: argparse.Namespace) -> None:
             bar.write(f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}: {scores}")
             bar.update()
     bar.close()
-    print(report(args.out, args.results))
+    print(report(args.out, args.results or args.out))
 
 
 def main() -> None:
@@ -398,12 +401,12 @@ def main() -> None:
         )
         command.add_argument("--test", metavar="CONLLU")
     for command in (several, every):
-        command.add_argument("--results", type=Path, default=Path("results/tiny"))
+        command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")
     args = parser.parse_args()
     if args.command == "pos":
         print(json.dumps(pos(args.folder, args.train, args.test, args.device), indent=2))
     elif args.command == "report":
-        print(report(args.folder, args.results))
+        print(report(args.folder, args.results or args.folder))
     else:
         args.jobs = args.jobs or (os.cpu_count() if args.device == "cpu" else 1)
         grid(args)
