@@ -9,10 +9,8 @@ languages whose every difference is known: the second is *derived* from the firs
     syntax          the dependents of nouns and verbs in another language's order, learned
 
 They compose (`transliterate+invert`), labels travel with their words, and each returns what its
-exact inverse needs. In this order: the built-in language, readers, transformations, command line.
+exact inverse needs. Before them come a built-in first language and readers for others.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -23,14 +21,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import chain, combinations, count, permutations, product
-from math import log
+from itertools import accumulate, chain, combinations, count, pairwise, permutations
 from pathlib import Path
 from types import SimpleNamespace as Node
 
 import numpy as np
-
-FINAL = (".", "!", "?")
 
 
 class InputError(ValueError):
@@ -39,19 +34,14 @@ class InputError(ValueError):
 
 @dataclass(slots=True)
 class Sentence:
-    """Words and their labels; a list of labels, where there is one, has one entry a word.
-
-    upos, deprels: tags and relations of Universal Dependencies. heads: the 1-based position of each
-    word's head, 0 for the root. entities: BIO tags (`B-PER`, `I-PER`, `O`). spans: answer spans,
-    half-open ranges of 0-based positions.
-    """
+    """Words and their labels; a list of labels, where there is one, has one entry a word."""
 
     words: list[str]
-    upos: list[str] | None = None
-    heads: list[int] | None = None
-    deprels: list[str] | None = None
-    entities: list[str] | None = None
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    upos: list[str] | None = None  # tags of Universal Dependencies
+    heads: list[int] | None = None  # of each word its head's 1-based position; 0 for the root
+    deprels: list[str] | None = None  # relations of Universal Dependencies
+    entities: list[str] | None = None  # BIO tags: `B-PER`, `I-PER`, `O`
+    spans: list[tuple[int, int]] = field(default_factory=list)  # answers: 0-based, half-open
 
 
 # ---------------------------------------------------------------------------------- the language
@@ -60,40 +50,37 @@ class Sentence:
 # is. Rules apply from top to bottom; `a+x` is an `a` that follows the rules of `x` too. Places: `[`
 # first of the row so far, `]` last, `<` just before the top, `>` just after, `~` any; of several,
 # one at random. `of/ADP` is that word with its tag.
-#
 # A word's tag must need the word, as in natural text (where the tags of both neighbours tell half
 # of the tags, the word itself nine in ten): so words have several tags, and much may be left out or
 # stand elsewhere. Still order tells: reversed, the sentences look like no other.
 GRAMMAR = """
-sentence    = finite+aside+end*8|verb+subject+inverted+adverbials+asked|thing+noun+aside+end
+sentence    = finite+aside+end*9|thing+noun+aside+end
 finite      = verb+subject+tense+adverbials*6|adjective+subject+being+adverbials
 relative    = verb+tense+adverbials+as-subject*3|act+subject+tense+adverbials+as-object*2
 verb        = affect*5|act*4|give*4|say*2
 agent       = person+noun*4|thing+noun*2|he*4|PER|institution
 object      = thing+noun*3|idea+noun*2|person+noun*2|place+noun|him*3|PER|ORG|amount
-setting     = place+noun*3|thing+noun*2|idea+noun|LOC*3|him*2|institution
+setting     = place+noun*3|thing+noun*2|idea+noun|LOC*3|him*2
 affect      1     ]]]]][   obj           object
 give        .3    >        iobj          person+noun*2|him
 give        1     ]]]]][   obj           object
-say         .7    ]]]]][   ccomp         finite|finite+that
+say         .7    ]]]]][   ccomp         finite|finite+mark
 say         .3    ]        xcomp         give+to+adverbials|act+to+adverbials
 subject     .88   [[[[>]   nsubj         agent
-tense       .35   <        aux           modal*4|have*3|be*3|do*2
-being       .85   <        cop           be
-inverted    .8    [[<      aux           modal*3|have|be|do*4
+tense       .4    [<<<<<   aux           modal*4|have*3|be*3|do*3
+being       .85   [<<<<<   cop           be
 adverbials  .08   <<>      advmod        not/PART
 adverbials  .1    >]       compound:prt  particle
-adverbials  .24*  ~        advmod        free*2|manner+degree*2|fast+degree
+adverbials  .24*  ~        advmod        free*4|manner+degree*4|fast
 adverbials  .3*   ~        obl           setting+case
-adverbials  .07   []       advcl         finite+when
+adverbials  .07   []       advcl         finite+mark
 adverbials  .12   ]        conj          finite+joined
 to          1     <        mark          to/PART
-when        1     [        mark          subordinator
-that        1     [        mark          that/SCONJ
+mark        1     [        mark          subordinator
 as-subject  1     [        nsubj         who
 as-object   .6    [        obj           who
 noun        .06   <        compound      thing
-noun        .3*   [[]      amod          adjective+degree+more*5|participle
+noun        .3*   [[]      amod          adjective+degree*5|participle
 noun        .06   [[]      nummod        number
 noun        .44   [        det           determiner
 noun        .07   [        nmod:poss     his*2|PER+genitive
@@ -101,7 +88,7 @@ noun        .16   ]        nmod          setting+case
 noun        .07   ]        conj          object+joined
 noun        .1    ]        acl:relcl     relative
 degree      .15   [        advmod        degree-word
-more        .08   ]        conj          adjective+joined
+adjective   .08   ]        conj          adjective+joined
 case        .9    [        case          adposition
 genitive    1     ]        case          's/PART
 amount      1     []       nummod        number
@@ -114,16 +101,13 @@ institution 1     ]        nmod          LOC+of
 of          1     [        case          of/ADP
 aside       .07   []       discourse     interjection
 aside       .04   ]        vocative      PER
-asked       .4    [        advmod        question-word
-asked       1     ]        punct         ?/PUNCT
-end         1     ]        punct         ./PUNCT*8|!/PUNCT|?/PUNCT
+end         1     ]        punct         ./PUNCT*6|!/PUNCT|?/PUNCT
 """
 
-# Closed classes: their tag and words, frequent ones first; after `/` those for the plural.
-# Open classes: their tag, how many words a topic has, the endings of their forms (a noun's numbers;
-# a verb's base, -s, -ed, -ing), and the class whose stems they share, if any. A sentence mostly
-# keeps to the words of one topic, and each head to its favourites in it: so that beyond its tag a
-# word is known by its company, which is what there is to learn of it.
+# Closed classes: tag, and words, frequent ones first; after `/` those for the plural. Open classes:
+# tag, how many words a topic has, the endings of their forms (a noun's numbers; a verb's -s, base,
+# -ed, -ing), and the class whose stems they share, if any. A sentence mostly keeps to the words of
+# a topic, and each head to its favourites in it: beyond its tag a word is known by its company.
 WORDS = """
 determiner    DET   the a this that every some no another each any / the all some these no those
 he            PRON  it he she this that someone one / they we you these all some many those
@@ -138,9 +122,8 @@ adposition    ADP   of in to with on for at from by about like over under after 
 particle      ADP   up out off down over in on around by past
 subordinator  SCONJ if because when after while since before as until like though so
 conjunction   CCONJ and or but yet nor so
-free          ADV   then now here so there still again never just once too before well soon around
+free          ADV   then now when so there still how never just once too before well soon around
 degree-word   ADV   very so too quite more almost rather just even
-question-word ADV   when why how where
 interjection  INTJ  oh well no yes so please look right
 number        NUM   two 3 ten four 12 seven 5 one 40 six 1984 nine 100
 amount        SYM   % $ £
@@ -149,21 +132,21 @@ person        NOUN  8  -,s
 thing         NOUN  10 -,s
 place         NOUN  6  -,s
 idea          NOUN  8  -,s
-act           VERB  7  -,s,ed,ing
-affect        VERB  5  -,s,ed,ing thing
-give          VERB  6  -,s,ed,ing
-say           VERB  4  -,s,ed,ing
+act           VERB  7  s,-,ed,ing
+affect        VERB  5  s,-,ed,ing thing
+give          VERB  6  s,-,ed,ing
+say           VERB  4  s,-,ed,ing
 adjective     ADJ   12 -
 participle    ADJ   5  ed         affect
 manner        ADV   12 ly         adjective
-fast          ADV   4  -          adjective
+fast          ADV   5  -          adjective
 PER           PROPN 10 -
 LOC           PROPN 8  -
 ORG           PROPN 6  -
 surname       PROPN 8  -          LOC
 """
 TOPICS = 24
-ENDING = {"modal": 0, "do": 0, "to/PART": 0, "have": 2, "be": 3}  # that a verb has beside these
+ENDING = {"modal": 1, "do": 1, "to/PART": 1, "have": 2, "be": 3}  # that a verb has beside these
 ENTITIES = {"PER": "PER", "LOC": "LOC", "ORG": "ORG", "institution": "ORG"}
 RECURSIVE = {"conj", "ccomp", "xcomp", "advcl", "acl:relcl", "nmod"}
 
@@ -171,23 +154,21 @@ RECURSIVE = {"conj", "ccomp", "xcomp", "advcl", "acl:relcl", "nmod"}
 @cache
 def _language() -> tuple[dict, dict, dict]:
     """The phrases that are others; the rules of each phrase; the classes of words."""
-
-    def options(text):  # `a*2|b+x` is [[a], [a], [b, x]]
-        weighted = [option.partition("*") for option in text.split("|")]
-        return [names.split("+") for names, _, weight in weighted for _ in range(int(weight or 1))]
-
     phrases, rules, classes = {}, {}, {}
-    for name, first, *rest in map(str.split, filter(None, (GRAMMAR + WORDS).splitlines())):
+    for name, first, *rule, text in map(str.split, GRAMMAR.splitlines()[1:]):
+        weighted = [option.partition("*") for option in text.split("|")]
+        options = [way.split("+") for way, _, times in weighted for _ in range(int(times or 1))]
         if first == "=":
-            phrases[name] = options(rest[0])
-        elif first[0] in ".1":
-            rule = (float(first.strip("*")), "*" in first, *rest[:2], options(rest[2]))
-            rules.setdefault(name, []).append(rule)
-        elif rest[0].isdecimal():
-            classes[name] = first, int(rest[0]), rest[1].split(","), (rest[2:] or [name])[0]
+            phrases[name] = options
         else:
-            lists = [words.split() for words in " ".join(rest).split(" / ")]
-            classes[name] = first, 0, lists[0], lists[-1]
+            rule = float(first.strip("*")), "*" in first, *rule, options
+            rules.setdefault(name, []).append(rule)
+    for name, tag, *rest in map(str.split, WORDS.splitlines()[1:]):
+        if rest[0].isdecimal():
+            classes[name] = tag, int(rest[0]), rest[1].split(","), (rest[2:] or [name])[0]
+        else:
+            numbers = [words.split() for words in " ".join(rest).split(" / ")]
+            classes[name] = tag, 0, numbers[0], numbers[-1]
     return phrases, rules, classes
 
 
@@ -207,12 +188,7 @@ def _word(leaf: str, topic: int, rank: int) -> tuple[list[str], int]:
     return [stem + ending.strip("-") for ending in endings], rng.randrange(1000)
 
 
-def _zipf(random, size: int) -> int:
-    """A rank from 0 on by Zipf's law: the chance of rank r is about proportional to 1 / (r + 1)."""
-    return int((size + 1) ** random()) - 1
-
-
-def _top(random, topic: int, leaf: str, deprel: str, head: Node | None) -> Node:
+def _top(random, topic: int, leaf: str, deprel: str, head: Node) -> Node:
     """The word at the top of a phrase. Its form is chosen when its dependents are known."""
     plural = random() < 0.35 and deprel != "compound"
     if leaf == "who" or deprel in ("det", "aux", "cop", "acl:relcl"):
@@ -221,21 +197,22 @@ def _top(random, topic: int, leaf: str, deprel: str, head: Node | None) -> Node:
     forms, number = [word], 0
     if not upos:
         upos, size, *lists = _language()[2][leaf]
+        rank = int(((size or len(lists[plural])) + 1) ** random()) - 1  # Zipf: about 1 / (rank + 1)
         if size:
+            rank += head.number if random() < 0.6 else 0  # the head's favourites come first
             topic = topic if random() < 0.85 else int(random() * TOPICS)
-            favourite = head.number if head and random() < 0.6 else 0
-            forms, number = _word(leaf, topic, (favourite + _zipf(random, size)) % size)
+            forms, number = _word(leaf, topic, rank % size)
         else:
-            forms = [lists[plural][_zipf(random, len(lists[plural]))]]
+            forms = [lists[plural][rank]]
     if leaf in ENDING and head.upos == "VERB":
         head.form = ENDING[leaf]
-    form = 1 + (random() < 0.45) if upos == "VERB" else 0  # present or past
-    depth = head.depth + (deprel in RECURSIVE) if head else 0
+    form = {"NOUN": None, "VERB": None if random() < 0.55 else 2}.get(upos, 0)  # None: by number
     return Node(forms=forms, form=form, upos=upos, deprel=deprel, head=head, number=number,
-                plural=plural and upos != "PROPN", depth=depth, entity="O")  # fmt: skip
+                plural=plural and upos != "PROPN", depth=head.depth + (deprel in RECURSIVE),
+                entity="O")  # fmt: skip
 
 
-def _phrase(random, topic: int, options: list, deprel="root", head: Node | None = None):
+def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[Node]:
     """The Nodes of a random phrase. Phrases stand side by side, so that trees are projective."""
     phrases, rules, _ = _language()
     applied = []
@@ -259,10 +236,8 @@ def _phrase(random, topic: int, options: list, deprel="root", head: Node | None 
                 break
     if deprel in ("nsubj", "nummod"):
         head.plural = top.plural or deprel == "nummod"
-    if top.upos == "NOUN":
+    if top.form is None:  # she looks, they look; a look, two looks
         top.form = int(top.plural)
-    elif top.upos == "VERB" and top.form == 1:
-        top.form = int(not top.plural)  # she looks, they look
     nodes = list(chain(*row))
     if leaf in ENTITIES:  # an outer name overrules those inside it
         for node in nodes:
@@ -273,26 +248,24 @@ def _phrase(random, topic: int, options: list, deprel="root", head: Node | None 
 def generate(n: int, seed: int = 0) -> Iterator[Sentence]:
     """`n` random sentences of the built-in language: words, tags, trees, entities.
 
-    The same (n, seed) gives the same sentences in any process; another seed, others of the same
-    language.
+    The same (n, seed) gives the same in any process; another seed, others of the same language.
     """
     uniform = random.Random(seed).random
+    above = Node(position=0, upos="", number=0, depth=0)  # the root's head
     for _ in range(n):
-        nodes = _phrase(uniform, _zipf(uniform, TOPICS), _language()[0]["sentence"])
-        position = {id(node): position for position, node in enumerate(nodes, start=1)}
-        columns = zip(*(
-            (node.forms[node.form], node.upos, position.get(id(node.head), 0), node.deprel, node.entity)
-            for node in nodes
-        ), strict=True)  # fmt: skip
-        yield Sentence(*map(list, columns))
+        topic = int(TOPICS * uniform() ** 2)  # some are more frequent than others
+        nodes = _phrase(uniform, topic, _language()[0]["sentence"], "root", above)
+        for position, node in enumerate(nodes, start=1):
+            node.position = position
+        rows = [(n.forms[n.form], n.upos, n.head.position, n.deprel, n.entity) for n in nodes]
+        yield Sentence(*map(list, zip(*rows, strict=True)))
 
 
 # ----------------------------------------------------------------------------------- the readers
 # A file is read in pieces: a sentence, and the text before, between and after what is read of it.
-
-WORD = re.compile(r"((?:Mr|Mrs|Ms|Dr|St)\.|\w+(?:['’-]\w+|[.,]\d+)*|\.{2,}|-{2,}|[^\w\s])")
+WORD = re.compile(r"((?:Mr|Mrs|Ms|Dr|St)\.|\w+(?:['\u2019-]\w+|[.,]\d+)*|\.{2,}|-{2,}|[^\w\s])")
 SENTENCE = re.compile(  # up to a '.', '!' or '?', white space and no lower case; or to a line's end
-    r".+?(?<!\bMr|\bMs|\bDr|\bSt)(?<!\bMrs)[.!?]+[\"'”’)»]*\s+(?![a-z\s])|.*\n|.+"
+    r".+?(?<!\bMr|\bMs|\bDr|\bSt)(?<!\bMrs)[.!?]+[\"'\u201d\u2019)»]*\s+(?![a-z\s])|.*\n|.+"
 )
 BIO_TAG = re.compile(r"O|[BI]-\S+")
 
@@ -332,7 +305,7 @@ def read_text(path) -> Iterator[Sentence]:
 
 def _conllu_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
     for block in _blocks(path):
-        places, cells, rest = [], [], [""]
+        words, rest = {}, [""]
         for place, line in block:
             columns = line.split("\t")
             is_word = line.strip() and line[0] != "#"
@@ -342,40 +315,34 @@ def _conllu_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
                 rest[-1] += line  # a comment; or a multi-word token or an empty node: no words
                 continue
             number, form, lemma, upos, xpos, feats, head, deprel, deps, misc = columns
-            if number != str(len(cells) + 1):
+            if number != str(len(words) + 1):
                 raise InputError(f"{place}: word {number!r}; number the words 1, 2, 3...")
-            places.append(place)
-            cells.append((form, upos, head, deprel))
+            words[place] = form, upos, head, deprel
             rest[-1] += f"{number}\t"
             rest += [f"\t{lemma}\t", f"\t{xpos}\t{feats}\t", "\t", f"\t{deps}\t{misc}"]
-        words, upos, heads, deprels = map(list, zip(*cells, strict=True)) if cells else [[]] * 4
-        numbers = {str(number): number for number in range(len(cells) + 1)}
-        for place, head in zip(places, heads, strict=True):
+        numbers = {str(number): number for number in range(len(words) + 1)}
+        for place, (_, _, head, _) in words.items():
             if head not in numbers:
                 raise InputError(f"{place}: head {head!r}; give 0 or a word of the sentence")
+        forms, upos, heads, deprels = ([word[i] for word in words.values()] for i in range(4))
         heads = [numbers[head] for head in heads]
         lost = sorted({*range(len(heads))}.difference(_tree(heads)[1]))
-        if cells and (heads.count(0) != 1 or lost):
-            place = places[lost[0] if lost else 0]
+        if lost or heads.count(0) > 1:
+            place = [*words][lost[0] if lost else 0]
             raise InputError(f"{place}: no tree; let all heads lead to one word, whose head is 0")
-        yield rest, Sentence(words, upos, heads, deprels)
+        yield rest, Sentence(forms, upos, heads, deprels)
 
 
 def read_conllu(path) -> Iterator[Sentence]:
-    """The sentences of a treebank in CoNLL-U: words, UPOS, heads, relations. Raises InputError.
-
-    Multi-word tokens and empty nodes are not words: the tree is over the others
-    (https://universaldependencies.org/format.html).
-    """
+    """The sentences of a treebank in CoNLL-U: words, UPOS, heads, relations; multi-word tokens and
+    empty nodes are no words (https://universaldependencies.org/format.html). Raises InputError."""
     return (sentence for _, sentence in _conllu_pieces(path) if sentence.words)
 
 
 def read_bio(path) -> Iterator[Sentence]:
-    """The sentences of a file with a word and its entity tag a line. Raises InputError.
-
-    The columns are `index word tag ...`, as Universal NER has them, or `word ... tag`, as
-    CoNLL-2003 has. An `I-` that continues nothing (IOB1) becomes `B-`.
-    """
+    """The sentences of a file with a word and its entity tag a line: `index word tag ...`, as in
+    Universal NER, or `word ... tag`, as in CoNLL-2003. An `I-` that continues nothing (IOB1)
+    becomes `B-`. Raises InputError."""
     for block in _blocks(path):
         words, tags = [], []
         for place, line in block:
@@ -394,16 +361,14 @@ def read_bio(path) -> Iterator[Sentence]:
 
 
 # --------------------------------------------------------------------------- the transformations
-
 TRANSFORMS = ("transliterate", "invert", "permute", "syntax")
 
 
 def parse_transform(text: str) -> tuple[str, ...]:
     """The names in `transliterate+invert`, in their order. Raises InputError for an unknown one."""
     names = tuple(text.split("+"))
-    for name in names:
-        if name not in TRANSFORMS:
-            raise InputError(f"no transformation {name!r}; there are {', '.join(TRANSFORMS)}")
+    if unknown := set(names).difference(TRANSFORMS):
+        raise InputError(f"no transformation {min(unknown)!r}; there are {', '.join(TRANSFORMS)}")
     return names
 
 
@@ -425,12 +390,11 @@ def transliterate_ids(ids, vocab_size: int, specials: int):
 
 def _tree(heads: list[int]) -> tuple[list[list[int]], list[int]]:
     """Each position with its dependents, in their order; all that hangs from the root, top down."""
-    rows: list[list[int]] = [[] for _ in heads]
+    rows: list[list[int]] = [[] for _ in range(len(heads) + 1)]  # the last is for head 0
     for position, head in enumerate(heads):
         rows[position].append(position)
-        if head:
-            rows[head - 1].append(position)
-    reached = [position for position, head in enumerate(heads) if not head]
+        rows[head - 1].append(position)
+    reached = rows.pop()
     for head in reached:
         reached += [position for position in rows[head] if position != head]
     return rows, reached
@@ -438,9 +402,7 @@ def _tree(heads: list[int]) -> tuple[list[list[int]], list[int]]:
 
 def _items(sentence: Sentence, head: int, row: list[int]):
     """The kind of head (None: its row has no order), the positions that move and their items.
-
-    Punctuation does not move. Subtypes (`acl:relcl`) are left out: treebanks differ in them.
-    """
+    Punctuation stays; subtypes (`acl:relcl`) are left out, as treebanks differ in them."""
     kind = {"NOUN": "NOUN", "PROPN": "NOUN", "VERB": "VERB"}.get(sentence.upos[head])
     relations = {i: sentence.deprels[i].partition(":")[0] for i in row} | {head: "head"}
     moving = [i for i in row if relations[i] != "punct"]
@@ -448,39 +410,33 @@ def _items(sentence: Sentence, head: int, row: list[int]):
 
 
 class OrderModel(Counter):
-    """In what order a language puts the head and the dependents of a noun or a verb.
-
-    model[kind, a, b] counts how often a came before b under a head of that kind; a and b are items,
-    (relation, tag), or relations alone, to fall back on.
-    """
+    """In what order a language puts the head and the dependents of a noun or a verb: model[kind, a,
+    b] counts how often a came before b under a head of that kind; a and b are items, (relation,
+    tag), or relations alone, to fall back on."""
 
     __hash__ = object.__hash__  # for the cache: each model is itself
 
 
-@cache
-def _orders(size: int) -> np.ndarray:
-    return np.array(list(permutations(range(size))))
+ORDERS = [np.array(list(permutations(range(size)))) for size in range(8)]  # the given order first
 
 
 @cache
 def _best_order(model: OrderModel, kind: str, items: tuple[tuple[str, str], ...]) -> list[int]:
-    """The order of the items in which the log-odds of "a comes before b" add up to the most.
-
-    All orders of up to 7 items are tried; of more items, the one that most wants to be before all
-    the others comes first, until 7 are left. Of equals, the order given is the best.
-    """
+    """The order of the items in which the log-odds of "a comes before b" add up to the most; of
+    equals, the given one. All orders of up to 7 items are tried; of more items, what most wants to
+    be before all the others comes first, until 7 are left."""
     odds = np.zeros((len(items), len(items)))
     for (i, a), (j, b) in permutations(enumerate(items), 2):
         p = 0.5  # for smoothing: what is known so far counts as one observation more
         for first, second in ((a[0], b[0]), (a, b)):
             before, after = model[kind, first, second], model[kind, second, first]
             p = (before + p) / (before + after + 1)
-        odds[i, j] = log(p / (1 - p))
+        odds[i, j] = np.log(p / (1 - p))
     order, left = [], list(range(len(items)))
-    while len(left) > 7:
+    while len(left) >= len(ORDERS):
         order.append(max(left, key=lambda item: odds[item, left].sum()))
         left.remove(order[-1])
-    orders = np.array(left)[_orders(len(left))]  # the given one first
+    orders = np.array(left)[ORDERS[len(left)]]
     first, second = np.triu_indices(len(left), 1)
     scores = odds[orders[:, first], orders[:, second]].sum(axis=1).round(9)
     return order + orders[scores.argmax()].tolist()
@@ -499,11 +455,11 @@ def learn_order(sentences: Iterable[Sentence]) -> OrderModel:
 
 # A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
 SOV = OrderModel()
-for _kind, _row in (
-    ("VERB", "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc"),
-    ("NOUN", "cc acl det nmod compound head flat amod nummod case cop aux mark conj"),
+for _row in (
+    "VERB discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
+    "NOUN cc acl det nmod compound head flat amod nummod case cop aux mark conj",
 ):
-    SOV.update((_kind, a, b) for a, b in combinations(_row.split(), 2))
+    SOV.update((_row[:4], a, b) for a, b in combinations(_row[5:].split(), 2))
 
 
 def _syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
@@ -523,15 +479,13 @@ def _syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
 
 def _move_entities(tags: list[str], order: Iterable[int]) -> list[str]:
     """The BIO tags of words in a new order: neighbours of one entity in one piece, `B-` first."""
-    owners: list[int] = []
-    for position, tag in enumerate(tags):
-        continues = position and tag[0] != "B" and tag[1:] == tags[position - 1][1:]
-        owners.append(owners[-1] if continues else position)
-    moved, before = [], None
+    starts = (tag[0] == "B" or tag[1:] != last[1:] for last, tag in pairwise(["O", *tags]))
+    numbers = list(accumulate(starts))  # of the entities, from 1 on
+    moved, before = [], 0
     for old in order:
-        prefix = "O" if tags[old] == "O" else "I" if owners[old] == before else "B"
+        prefix = "O" if tags[old] == "O" else "I" if numbers[old] == before else "B"
         moved.append(prefix + tags[old][1:])
-        before = owners[old]
+        before = numbers[old]
     return moved
 
 
@@ -542,25 +496,20 @@ def _reorder(sentence: Sentence, order: list[int]) -> Sentence:
     words, upos, heads, deprels = (column and [column[old] for old in order] for column in columns)
     heads = heads and [head and place[head - 1] + 1 for head in heads]
     entities = sentence.entities and _move_entities(sentence.entities, order)
-    spans = []
-    for start, end in sentence.spans:
-        inside = [place[word] for word in range(start, end)]
-        spans.append((min(inside), max(inside) + 1))
+    inside = [[place[word] for word in range(*span)] for span in sentence.spans]
+    spans = [(min(places), max(places) + 1) for places in inside]
     return Sentence(words, upos, heads, deprels, entities, spans)
 
 
 def transform(sentence: Sentence, names: Iterable[str], seed=0, index=0, order=SOV):
-    """The sentence after the named transformations, one by one, and the steps for `invert`.
-
-    seed, index: `permute` depends on them alone; index is the sentence's number in its corpus.
-    order: an OrderModel, for `syntax`, which needs trees: raises InputError. A step is where each
-    word came from (None: none moved), and the entities and spans before it.
-    """
+    """The sentence after the named transformations, one by one, and the steps for `invert`: where
+    each word came from (None: none moved), and the entities and spans before. `permute` depends on
+    seed and index, the sentence's number; `syntax` on the OrderModel. Raises InputError."""
     steps, size = [], len(sentence.words)
     for name in chain(*map(parse_transform, names)):
         places = None
         if name == "invert":
-            final = {*FINAL, *map(transliterate_word, FINAL)}
+            final = {*".!?", *map(transliterate_word, ".!?")}
             moving = size - any(word in final for word in sentence.words[-1:])
             places = [*reversed(range(moving)), *range(moving, size)]
         elif name == "permute":
@@ -590,17 +539,16 @@ def invert(sentence: Sentence, steps: list[tuple]) -> Sentence:
 
 
 # ------------------------------------------------------------------------------ the command line
-
-
 def _format(sentence: Sentence) -> str:
     """A line of text, words and spaces; of a sentence with a tree, a block of CoNLL-U."""
     text = " ".join(sentence.words)
     if sentence.heads is None:
         return text + "\n"
-    misc = [f"Entity={tag}" for tag in sentence.entities or []] or ["_"] * len(sentence.words)
-    rows = zip(count(1), sentence.words, sentence.upos, sentence.heads, sentence.deprels, misc)
-    lines = ["\t".join(map(str, (n, w, "_", u, "_", "_", h, d, "_", m))) for n, w, u, h, d, m in rows]
-    return "\n".join([f"# text = {text}", *lines, "", ""])
+    blank = ["_"] * len(sentence.words)
+    misc = [f"Entity={tag}" for tag in sentence.entities or []] or blank
+    tree = (sentence.upos, blank, blank, sentence.heads, sentence.deprels)
+    rows = zip(count(1), sentence.words, blank, *tree, blank, misc, strict=False)
+    return "\n".join([f"# text = {text}", *("\t".join(map(str, row)) for row in rows), "", ""])
 
 
 def _generate_files(args) -> dict[str, list[str]]:
@@ -608,12 +556,12 @@ def _generate_files(args) -> dict[str, list[str]]:
     names, originals = parse_transform(args.transform), list(generate(args.sentences, args.seed))
     derived = [transform(s, names, seed=args.seed, index=i)[0] for i, s in enumerate(originals)]
     files = {}
-    for side, sentences in (("original", originals), ("derived", derived)):
+    for side, sentences in ((f"{args.out}/original", originals), (f"{args.out}/derived", derived)):
         files[f"{side}.txt"] = [_format(Sentence(sentence.words)) for sentence in sentences]
         files[f"{side}.conllu"] = [_format(sentence) for sentence in sentences]
     words = sorted({word for sentence in originals for word in sentence.words})
-    files["dictionary.tsv"] = [f"{word}\t{transliterate_word(word)}\n" for word in words]
-    return {f"{args.out}/{name}": parts for name, parts in files.items()}
+    dictionary = [f"{word}\t{transliterate_word(word)}\n" for word in words]
+    return files | {f"{args.out}/dictionary.tsv": dictionary}
 
 
 def _transform_file(args) -> dict[str, list[str]]:
@@ -634,9 +582,8 @@ def _invert_file(args) -> dict[str, list[str]]:
     """The file that `transform` was given, byte for byte."""
     undo = f"{args.file}.undo"
     try:
-        treebank, *pieces = [json.loads(line) for block in _blocks(undo) for _, line in block]
-        lines = (line for block in _blocks(args.file) for _, line in block)
-        texts = (Sentence(line.rstrip("\n").split(" ")) for line in lines)
+        treebank, *pieces = [json.loads(line) for _, line in chain(*_blocks(undo))]
+        texts = (Sentence(line[:-1].split(" ")) for _, line in chain(*_blocks(args.file)))
         sentences = read_conllu(args.file) if treebank else texts
         original = []
         for rest, steps in pieces:
@@ -645,8 +592,11 @@ def _invert_file(args) -> dict[str, list[str]]:
             columns = (sentence.words, sentence.upos, sentence.heads, sentence.deprels)
             cells = chain(*zip(*(map(str, column) for column in columns if column), strict=True))
             original += chain(*zip(rest, [*cells, ""], strict=True))
-    except (StopIteration, IndexError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{undo}: does not fit {args.file}; transform again") from error
+        if next(sentences, None):
+            raise IndexError
+    except (StopIteration, IndexError, TypeError, ValueError) as error:
+        message = f"{undo}: does not fit {args.file}; run transform again"
+        raise error if isinstance(error, InputError) else InputError(message) from None
     return {args.out: original}
 
 
@@ -664,13 +614,11 @@ def _write(path: str, parts: list[str]) -> None:
         raise InputError(f"{path}: {error.strerror}; give a place that can be written") from None
 
 
-COMMANDS = {"generate": _generate_files, "transform": _transform_file, "invert": _invert_file}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 if the user's input is at fault."""
+    run = {"generate": _generate_files, "transform": _transform_file, "invert": _invert_file}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=run)
     parser.add_argument("file", nargs="?", default="FILE", help="text, or X.conllu: a treebank")
     parser.add_argument("-o", "--out", help="file (a folder for generate); default: FILE.COMMAND")
     parser.add_argument("--transform", default="transliterate+invert", metavar="+".join(TRANSFORMS))
@@ -680,7 +628,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     args.out = args.out or f"{args.file}.{args.command}"
     try:
-        for path, parts in COMMANDS[args.command](args).items():
+        for path, parts in run[args.command](args).items():
             _write(path, parts)
     except InputError as error:
         print(f"synth_lang.py: {error}", file=sys.stderr)
