@@ -350,14 +350,12 @@ def noted_signals() -> Iterator[list[int]]:
 
 def pretrain(
     corpus: Corpus, s: Settings, folder: Path, device: str,
-    save_every: int = 1000, accumulate: int = 1, compiled: bool = False,
+    save_every: int, accumulate: int, compiled: bool,
 ) -> None:  # fmt: skip
     """Train to the last step, from wherever `folder`'s checkpoints are; writes folder/model.
 
     accumulate: in how many slices a batch is computed, one after another, to need less memory.
     """
-    if s.batch % (WORLD * accumulate):
-        raise ValueError(f"batch {s.batch} cannot be cut into {WORLD * accumulate} equal slices")
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(device)
     optimizer = make_optimizer(model, s)
@@ -373,8 +371,8 @@ def pretrain(
 
     losses, skips, streak = torch.zeros(2, device=device), 0, 0
     clock, logged = time.perf_counter(), start
-    bar = tqdm(total=s.steps, initial=start, disable=RANK > 0, unit="step", mininterval=1)
     with (
+        tqdm(total=s.steps, initial=start, disable=RANK > 0, unit="step", mininterval=1) as bar,
         noted_signals() as signals,
         ThreadPoolExecutor(1) as ahead,
         open_log(folder / "log.jsonl", start) as log,
@@ -498,7 +496,7 @@ def guarded(main) -> None:
     """Run a command; what its user can mend is one line on stderr and exit status 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last for a full disk, too
         line = " ".join(str(error).split())
         if isinstance(error, OSError) and error.filename:
             line = f"{error.filename}: {error.strerror}: check the path, its rights and free space"
@@ -506,8 +504,13 @@ def guarded(main) -> None:
         sys.exit(2)
 
 
-def run(folder: Path, s: Settings, source: Source, device: str, **options) -> None:
+def run(
+    folder: Path, s: Settings, source: Source, device: str,
+    save_every: int = 1000, accumulate: int = 1, compiled: bool = False,
+) -> None:  # fmt: skip
     """Everything from the text to folder/model, or as much of it as is still to be done."""
+    if s.batch % (WORLD * accumulate):
+        raise ValueError(f"batch {s.batch} cannot be cut into {WORLD * accumulate} equal slices")
     record = {
         "settings": dataclasses.asdict(s),
         "source": dataclasses.asdict(source),
@@ -520,7 +523,7 @@ def run(folder: Path, s: Settings, source: Source, device: str, **options) -> No
         corpus = prepare(source, s, folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", record)
-    pretrain(corpus, s, folder, device, **options)
+    pretrain(corpus, s, folder, device, save_every, accumulate, compiled)
 
 
 @contextlib.contextmanager
