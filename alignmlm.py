@@ -84,9 +84,9 @@ class Settings:
     def __post_init__(self):
         """Raise ValueError, naming the setting and the mend, for an experiment that cannot be."""
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and field.name not in CAN_BE_ZERO and not value > 0:
-                raise ValueError(f"settings: {field.name} is {value}, but must be above 0")
+            value, least = getattr(self, field.name), 0 if field.name in CAN_BE_ZERO else 1e-12
+            if field.type in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"settings: {field.name} cannot be {value}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"no objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
         checks = {
@@ -99,6 +99,7 @@ class Settings:
             "mask_share is at most 0.5": self.mask_share <= 0.5,
             "dictionary_share is at most 1": self.dictionary_share <= 1,
             "parallel_share is at most 1": self.parallel_share <= 1,
+            "translate_probability is at most 1": self.translate_probability <= 1,
         }
         for requirement, holds in checks.items():
             if not holds:

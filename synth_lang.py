@@ -474,7 +474,7 @@ def _syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
         best = iter(_best_order(model, kind, items) if kind else range(len(items)))
         row = [moving[next(best)] if i in moving else i for i in rows[head]]
         phrases[head] = [word for i in row for word in ([i] if i == head else phrases[i])]
-    return phrases[top_down[0]]
+    return phrases[top_down[0]] if top_down else []
 
 
 def _move_entities(tags: list[str], order: Iterable[int]) -> list[str]:
@@ -566,12 +566,13 @@ def _generate_files(args) -> dict[str, list[str]]:
 
 def _transform_file(args) -> dict[str, list[str]]:
     """The derived text or treebank; beside it, what the way back needs, a line of JSON a piece."""
-    order = learn_order(read_conllu(args.order)) if args.order else SOV
+    names, order = parse_transform(args.transform), SOV
+    if args.order:
+        order = learn_order(read_conllu(args.order))
     treebank = ".conllu" in Path(args.file).name
     derived, undo = [], [json.dumps(treebank) + "\n"]
     pieces = _conllu_pieces(args.file) if treebank else _text_pieces(args.file)
     for index, (rest, sentence) in enumerate(pieces):
-        names = parse_transform(args.transform) if sentence.words else ()
         sentence, steps = transform(sentence, names, seed=args.seed, index=index, order=order)
         undo.append(json.dumps([rest, [places for places, *_ in steps]]) + "\n")
         derived += [_format(sentence)] if sentence.words else []
