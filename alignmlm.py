@@ -1,27 +1,17 @@
 """ALIGN-MLM and the three objectives that it is measured against, in one file.
 
-One RoBERTa is pre-trained on two languages at once, an original and one derived from it whose
-token i is the original's token i moved to another row of the same embedding matrix. What is here,
-in the order that data meets it:
+One RoBERTa is pre-trained on two languages at once, an original and one derived from it, whose
+words have rows of their own in the same embedding matrix. Here, in the order that data meets it:
+settings; the dictionary of known word pairs; masking, and how XLM and DICT-MLM change a batch; the
+model and its loss; the alignment score; weights out to, and in from, the transformers library.
 
-  Settings, PRESETS        every number of an experiment, with the paper's values as defaults
-  make_dictionary          D, the known word pairs
-  mask_tokens              RoBERTa's masking, an exact share of every sequence
-  pair_translations        XLM's translation language modelling: a sentence beside its counterpart
-  ask_translations         DICT-MLM's labels: the translation instead of the token
-  MaskedLM                 the encoder and its tied output head
-  MaskedLM.forward         the four objectives' losses
-  alignment_score          how far the two languages' word embeddings have found each other
-  to_hf, from_hf           weights out to, and in from, the transformers library's RoBERTa
-
-References
-  ALIGN-MLM  Tang, Deshpande, Narasimhan 2022, arXiv 2211.08547
+  ALIGN-MLM  Tang, Deshpande, Narasimhan 2022, arXiv 2211.08547 ("the paper")
   RoBERTa    Liu et al. 2019, arXiv 1907.11692
   XLM        Conneau and Lample 2019, arXiv 1901.07291
   DICT-MLM   Chaudhary et al. 2020, arXiv 2010.12566
 
-Letters in shapes: B sequences, T tokens in each, N masked tokens, D width, V rows of the
-embedding matrix, K dictionary pairs.
+Letters in shapes: B sequences of T tokens, M of them masked; D width; V rows of the embedding
+matrix, both languages'; K dictionary pairs.
 """
 
 import json
@@ -42,7 +32,12 @@ from kernels import alignment_loss, masked_lm_loss
 OBJECTIVES = ("mlm", "xlm", "dict", "align")
 BOS, PAD, EOS, MASK = range(4)  # both languages share these
 SPECIALS = 4  # the first id of a word
-CAN_BE_ZERO = ("seed", "dropout", "alpha", "translate_probability", "weight_decay")
+
+LIMITS = {  # of a setting, both allowed; any other number is above 0
+    "seed": (0, math.inf), "alpha": (0, math.inf), "weight_decay": (0, math.inf),
+    "positions": (8, math.inf), "mask_share": (0.01, 0.5), "dropout": (0, 0.99),
+    "dictionary_share": (1e-9, 1), "parallel_share": (1e-9, 1), "translate_probability": (0, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,27 +78,18 @@ class Settings:
 
     def __post_init__(self):
         """Raise ValueError, naming the setting and the mend, for an experiment that cannot be."""
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in CAN_BE_ZERO else 1e-12
-            if field.type in (int, float) and not least <= value < math.inf:
-                raise ValueError(f"settings: {field.name} cannot be {value}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"no objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
-        checks = {
-            "heads divides width": self.width % self.heads == 0,
-            "width is a multiple of 16": self.width % 16 == 0,  # what the kernels take
-            "positions is even, at least 8": self.positions % 2 == 0 and self.positions >= 8,
-            "tune_length is at most positions": self.tune_length <= self.positions,
-            "batch is a multiple of 4": self.batch % 4 == 0,
-            "dropout is below 1": self.dropout < 1,
-            "mask_share is at most 0.5": self.mask_share <= 0.5,
-            "dictionary_share is at most 1": self.dictionary_share <= 1,
-            "parallel_share is at most 1": self.parallel_share <= 1,
-            "translate_probability is at most 1": self.translate_probability <= 1,
-        }
-        for requirement, holds in checks.items():
-            if not holds:
-                raise ValueError(f"settings: it must be that {requirement}")
+        for field in fields(self):
+            value, (low, high) = getattr(self, field.name), LIMITS.get(field.name, (1e-9, math.inf))
+            if field.type in (int, float) and not (low <= value <= high and value < math.inf):
+                raise ValueError(f"settings: {field.name} cannot be {value}")
+        if self.width % self.heads or self.width % 16 or self.positions % 2 or self.batch % 4:
+            raise ValueError("settings: width must be a multiple of heads and of 16 (which is what "
+                             "the kernels take), positions of 2 and batch of 4")  # fmt: skip
+        if self.tune_length > self.positions:
+            raise ValueError(f"settings: tune_length {self.tune_length} is beyond the model's "
+                             f"{self.positions} positions: lower it or raise them")  # fmt: skip
 
     @property
     def shift(self) -> int:
@@ -112,8 +98,8 @@ class Settings:
 
     @property
     def pieces(self) -> int:
-        """Sub-words, specials included, of one language."""
-        return self.vocab_size - self.shift
+        """Sub-words of one language, specials included."""
+        return self.shift or self.vocab_size
 
 
 PRESETS = {
@@ -354,7 +340,7 @@ def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]
     """
     pieces, shift = model.settings.pieces, model.settings.shift
     weight = model.word_embeddings.weight.float()
-    original, derived = weight[:pieces], weight[shift:]
+    original, derived = weight[:pieces], weight[shift : shift + pieces]
     if model.settings.languages == 2:
         original = original + model.language_embeddings.weight[0]
         derived = derived + model.language_embeddings.weight[1]
@@ -370,14 +356,10 @@ def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]
 # ---------------------------------------------------------- out to, and in from, transformers
 
 HF_CONFIG = {  # their name of a setting: ours
-    "vocab_size": "vocab_size",
-    "type_vocab_size": "languages",
-    "num_hidden_layers": "layers",
-    "hidden_size": "width",
-    "num_attention_heads": "heads",
-    "intermediate_size": "feed_forward",
+    "vocab_size": "vocab_size", "type_vocab_size": "languages", "num_hidden_layers": "layers",
+    "hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "feed_forward",
     "hidden_dropout_prob": "dropout",
-}
+}  # fmt: skip
 HF_FIXED = {"model_type": "roberta", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 HF_DERIVED = {"lm_head.decoder.weight", "lm_head.decoder.bias", "roberta.embeddings.position_ids"}
 HF_SKIPPED_POSITIONS = 2  # RoBERTa numbers positions from PAD + 1
@@ -386,14 +368,10 @@ HF_MODULES = {  # our name of a module: theirs
     "position_embeddings": "roberta.embeddings.position_embeddings",
     "language_embeddings": "roberta.embeddings.token_type_embeddings",
     "embedding_norm": "roberta.embeddings.LayerNorm",
-    "attention_out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm": "output.LayerNorm",
-    "head_dense": "lm_head.dense",
-    "head_norm": "lm_head.layer_norm",
-}
+    "attention_out": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm",
+    "head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm",
+}  # fmt: skip
 
 
 def _hf_names(name: str) -> list[str]:
@@ -415,16 +393,12 @@ def to_hf(model: MaskedLM, folder: str | Path) -> None:
     """
     folder, s = Path(folder), model.settings
     folder.mkdir(parents=True, exist_ok=True)
-    config = {theirs: getattr(s, ours) for theirs, ours in HF_CONFIG.items()} | HF_FIXED
-    config |= {
-        "architectures": ["RobertaForMaskedLM"],
+    config = {theirs: getattr(s, ours) for theirs, ours in HF_CONFIG.items()} | HF_FIXED | {
+        "architectures": ["RobertaForMaskedLM"], "tie_word_embeddings": True,
+        "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS,
         "max_position_embeddings": s.positions + HF_SKIPPED_POSITIONS,
         "attention_probs_dropout_prob": s.dropout,
-        "bos_token_id": BOS,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-        "tie_word_embeddings": True,
-    }
+    }  # fmt: skip
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "position_embeddings.weight":

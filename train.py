@@ -63,7 +63,7 @@ class Source:
     corpus: tuple[str, ...] = ()
     treebank: tuple[str, ...] = ()
     order: str | None = None  # treebank of the language whose order `syntax` borrows
-    sentences: int = 100_000  # of the built-in language
+    sentences: int = 60_000  # of the built-in language
 
     def read(self) -> Iterator[synth_lang.Sentence]:
         if not (self.corpus or self.treebank):
