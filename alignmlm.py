@@ -385,11 +385,22 @@ def _hf_names(name: str) -> list[str]:
     return [f"{prefix}{HF_MODULES[module]}.{kind}"]
 
 
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all: under another name, flushed, then renamed."""
+    part = f"{path}.part"
+    try:
+        save_file(tensors, part, metadata)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(None, str(error), str(path)) from error
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
 def to_hf(model: MaskedLM, folder: str | Path) -> None:
     """Write a folder that transformers.RobertaForMaskedLM.from_pretrained opens.
 
-    Same logits to 1e-4; language embeddings become its token types. Each file is written under a
-    temporary name and renamed.
+    Same logits to 1e-4; language embeddings become its token types.
     """
     folder, s = Path(folder), model.settings
     folder.mkdir(parents=True, exist_ok=True)
@@ -405,8 +416,7 @@ def to_hf(model: MaskedLM, folder: str | Path) -> None:
             tensor = F.pad(tensor, (0, 0, HF_SKIPPED_POSITIONS, 0))
         names = _hf_names(name)
         tensors |= zip(names, (t.cpu().clone() for t in tensor.chunk(len(names))), strict=True)
-    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.part", folder / "config.json")
 

@@ -13,6 +13,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -38,6 +39,7 @@ from alignmlm import BOS, EOS, OBJECTIVES, PAD, MaskedLM, Settings
 from alignmlm import alignment_score, from_hf, make_dictionary, preset
 from train import Languages, Source, make_optimizer, prepare, write_json
 
+SCORES = ("source", "BS", "BZ", "Delta")
 NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
 TUNE_SENTENCES = 6_000  # of the built-in language
 TEST_SENTENCES = 1_000
@@ -212,12 +214,13 @@ def pos(folder: Path, training_file: str | None, test_file: str | None, device: 
         "BS": accuracy(supervised, test_derived),
     }
     scores["Delta"] = scores["BZ"] - scores["BS"]
+    alignment = alignment_score(model, make_dictionary(s))
     cell = {
         "objective": s.objective,
         "transform": s.transform,
         "seed": s.seed,
         **scores,
-        "alignment": alignment_score(model, make_dictionary(s)),
+        "alignment": {k: None if math.isnan(v) else v for k, v in alignment.items()},
         "seconds": time.perf_counter() - started,
     }
     write_json(folder / "pos.json", cell)
@@ -240,13 +243,15 @@ def correlation(alignment: list[float], delta: list[float]) -> tuple[float, floa
 
 
 def read_cells(folder: Path) -> list[dict]:
-    """All finished cells below a folder, in a fixed order."""
+    """All finished cells below a folder, in a fixed order; ValueError for one that is not."""
     cells = []
     for path in sorted(folder.glob("*/pos.json")):
         try:
             cell = json.loads(path.read_text())
-            key = cell["transform"], list(NAMES).index(cell["objective"]), cell["seed"]
-            float(cell["Delta"] + cell["alignment"]["all"])
+            # the sums are there to fail where something is missing or no number
+            key = str(cell["transform"]), list(NAMES).index(cell["objective"]), int(cell["seed"])
+            math.fsum([*(cell[score] for score in SCORES), cell["alignment"]["all"]])
+            math.fsum([cell["alignment"]["outside"] or 0.0])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
         cells.append((key, cell))
@@ -262,14 +267,15 @@ def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds; a dash for what is not defined."""
+    if None in values:
+        return "-"
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{deviation}"
 
 
 def table(cells: list[dict]) -> str:
     """POS in the paper's layout, markdown; the published numbers at the right."""
-    columns = ("source", "BS", "BZ", "Delta")
     lines = [
         "| transformation | objective | seeds | source | BS | BZ | Delta | alignment "
         "| outside D | paper: BS | BZ | alignment |",
@@ -277,7 +283,7 @@ def table(cells: list[dict]) -> str:
     ]
     for (transform, objective), same in groups(cells).items():
         row = [transform, NAMES[objective], str(len(same))]
-        row += [spread([c[column] for c in same]) for column in columns]
+        row += [spread([c[column] for c in same]) for column in SCORES]
         row += [spread([c["alignment"][over] for c in same]) for over in ("all", "outside")]
         row += [str(v) for v in PUBLISHED.get((transform, objective), "---------")[4:7]]
         lines.append("| " + " | ".join(row) + " |")

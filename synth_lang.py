@@ -227,9 +227,8 @@ def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[
             chance *= 0.6**top.depth  # the deeper the rarer, so that sentences end
         while random() < chance:
             words = _phrase(random, topic, dependent, relation, top)
-            anywhere = int(random() * (len(row) + 1))
             place = places[int(random() * len(places))]
-            to = {"[": 0, "<": at, ">": at + 1, "]": len(row), "~": anywhere}[place]
+            to = {"[": 0, "<": at, ">": at + 1, "]": len(row), "~": int(random() * (len(row) + 1))}[place]
             row.insert(to, words)
             at += to <= at
             if not repeated:
@@ -240,8 +239,9 @@ def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[
         top.form = int(top.plural)
     nodes = list(chain(*row))
     if leaf in ENTITIES:  # an outer name overrules those inside it
-        for node in nodes:
-            node.entity = ("B-" if node is nodes[0] else "I-") + ENTITIES[leaf]
+        name = [n for n in nodes if n.head is not top or n.deprel not in ("case", "cc", "punct")]
+        for node in name:
+            node.entity = ("B-" if node is name[0] else "I-") + ENTITIES[leaf]
     return nodes
 
 
@@ -566,9 +566,8 @@ def _generate_files(args) -> dict[str, list[str]]:
 
 def _transform_file(args) -> dict[str, list[str]]:
     """The derived text or treebank; beside it, what the way back needs, a line of JSON a piece."""
-    names, order = parse_transform(args.transform), SOV
-    if args.order:
-        order = learn_order(read_conllu(args.order))
+    names = parse_transform(args.transform)
+    order = learn_order(read_conllu(args.order)) if args.order else SOV
     treebank = ".conllu" in Path(args.file).name
     derived, undo = [], [json.dumps(treebank) + "\n"]
     pieces = _conllu_pieces(args.file) if treebank else _text_pieces(args.file)

@@ -36,7 +36,6 @@ import numpy as np
 import sentencepiece
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import synth_lang
@@ -47,6 +46,7 @@ from alignmlm import (
     mask_tokens,
     pair_translations,
     preset,
+    save_tensors,
     to_hf,
 )
 
@@ -64,6 +64,12 @@ class Source:
     treebank: tuple[str, ...] = ()
     order: str | None = None  # treebank of the language whose order `syntax` borrows
     sentences: int = 60_000  # of the built-in language
+
+    def __post_init__(self):
+        """Raise ValueError for what settings.json may hold but no command line gives."""
+        paths = [*self.corpus, *self.treebank, self.order or ""]
+        if not isinstance(self.sentences, int) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"source: not paths and a number of sentences: {self}")
 
     def read(self) -> Iterator[synth_lang.Sentence]:
         if not (self.corpus or self.treebank):
@@ -270,10 +276,9 @@ def make_optimizer(model: torch.nn.Module, s: Settings) -> torch.optim.AdamW:
 
 
 def save_checkpoint(folder: Path, step: int, skipped: int, model, optimizer) -> None:
-    """Weights and optimizer after `step` steps, as one safetensors file; the last two are kept.
+    """Weights and optimizer after `step` steps, as one file; the last two are kept.
 
-    The file is whole or absent: written under a temporary name, flushed to disk, then renamed. Its
-    checksum lets a resume tell a damaged one, which safetensors alone would not.
+    Its checksum lets a resume tell a damaged one, which safetensors alone would not.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -283,12 +288,7 @@ def save_checkpoint(folder: Path, step: int, skipped: int, model, optimizer) -> 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "skipped": str(skipped)}
     metadata["crc32"] = checksum(tensors, metadata)
-    path = folder / f"checkpoint-{step:08d}.safetensors"
-    save_file(tensors, f"{path}.part", metadata)
-    descriptor = os.open(f"{path}.part", os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    os.replace(f"{path}.part", path)
+    save_tensors(folder / f"checkpoint-{step:08d}.safetensors", tensors, metadata)
     for old in sorted(folder.glob("checkpoint-*.safetensors"))[:-2]:
         old.unlink()
 
@@ -371,8 +371,9 @@ def pretrain(
 
     losses, skips, streak = torch.zeros(2, device=device), 0, 0
     clock, logged = time.perf_counter(), start
+    quiet = RANK > 0 or "TQDM_DISABLE" in os.environ
     with (
-        tqdm(total=s.steps, initial=start, disable=RANK > 0, unit="step", mininterval=1) as bar,
+        tqdm(total=s.steps, initial=start, disable=quiet, unit="step", mininterval=1) as bar,
         noted_signals() as signals,
         ThreadPoolExecutor(1) as ahead,
         open_log(folder / "log.jsonl", start) as log,
@@ -496,7 +497,7 @@ def guarded(main) -> None:
     """Run a command; what its user can mend is one line on stderr and exit status 2."""
     try:
         main()
-    except (ValueError, OSError, SafetensorError) as error:  # the last for a full disk, too
+    except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         if isinstance(error, OSError) and error.filename:
             line = f"{error.filename}: {error.strerror}: check the path, its rights and free space"
