@@ -248,11 +248,12 @@ def read_cells(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("*/pos.json")):
         try:
             cell = json.loads(path.read_text())
-            # the sums are there to fail where something is missing or no number
-            key = str(cell["transform"]), list(NAMES).index(cell["objective"]), int(cell["seed"])
+            # these are there to fail where something is missing, unknown or no number
+            synth_lang.parse_transform(cell["transform"])
+            key = cell["transform"], list(NAMES).index(cell["objective"]), int(cell["seed"])
             math.fsum([*(cell[score] for score in SCORES), cell["alignment"]["all"]])
             math.fsum([cell["alignment"]["outside"] or 0.0])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
         cells.append((key, cell))
     if not cells:
