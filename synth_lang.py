@@ -48,8 +48,8 @@ class Sentence:
 # `a = b|c*2`: an `a` is one of these, `c` twice as likely. Any other line is a rule: a phrase, the
 # chance that it has a dependent (`*`: again and again), the place and relation of that, and what it
 # is. Rules apply from top to bottom; `a+x` is an `a` that follows the rules of `x` too. Places: `[`
-# first of the row so far, `]` last, `<` just before the top, `>` just after, `~` any; of several,
-# one at random. `of/ADP` is that word with its tag.
+# first of the row so far, `]` last, `<` just before the top, `>` just after; of several, one at
+# random. `of/ADP` is that word with its tag.
 # A word's tag must need the word, as in natural text (where the tags of both neighbours tell half
 # of the tags, the word itself nine in ten): so words have several tags, and much may be left out or
 # stand elsewhere. Still order tells: reversed, the sentences look like no other.
@@ -71,8 +71,8 @@ tense       .4    [<<<<<   aux           modal*4|have*3|be*3|do*3
 being       .85   [<<<<<   cop           be
 adverbials  .08   <<>      advmod        not/PART
 adverbials  .1    >]       compound:prt  particle
-adverbials  .24*  ~        advmod        free*4|manner+degree*4|fast
-adverbials  .3*   ~        obl           setting+case
+adverbials  .24*  [<>]     advmod        free*4|manner+degree*4|fast
+adverbials  .3*   [<>]     obl           setting+case
 adverbials  .07   []       advcl         finite+mark
 adverbials  .12   ]        conj          finite+joined
 to          1     <        mark          to/PART
@@ -227,8 +227,7 @@ def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[
             chance *= 0.6**top.depth  # the deeper the rarer, so that sentences end
         while random() < chance:
             words = _phrase(random, topic, dependent, relation, top)
-            place = places[int(random() * len(places))]
-            to = {"[": 0, "<": at, ">": at + 1, "]": len(row), "~": int(random() * (len(row) + 1))}[place]
+            to = {"[": 0, "<": at, ">": at + 1, "]": len(row)}[places[int(random() * len(places))]]
             row.insert(to, words)
             at += to <= at
             if not repeated:
@@ -270,7 +269,7 @@ SENTENCE = re.compile(  # up to a '.', '!' or '?', white space and no lower case
 BIO_TAG = re.compile(r"O|[BI]-\S+")
 
 
-def _blocks(path) -> Iterator[list[tuple[str, str]]]:
+def _blocks(path, comment="\n") -> Iterator[list[tuple[str, str]]]:
     """A UTF-8 file in blocks that end with a blank line: (place, line with its end)."""
     try:
         data = Path(path).read_bytes()
@@ -280,10 +279,10 @@ def _blocks(path) -> Iterator[list[tuple[str, str]]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: bytes that are not UTF-8; convert the file") from None
-    if not text.strip():
+    lines, block = re.findall(r".*\n|.+", text), []  # str.splitlines would split at U+2028 too
+    if all(line.startswith(comment) or not line.strip() for line in lines):
         raise InputError(f"{path}: empty; give a file with at least one sentence")
-    block = []
-    for number, line in enumerate(re.findall(r".*\n|.+", text), start=1):  # not at U+2028 and such
+    for number, line in enumerate(lines, start=1):
         block.append((f"{path}:{number}", line))
         if not line.strip():
             yield block
@@ -304,7 +303,7 @@ def read_text(path) -> Iterator[Sentence]:
 
 
 def _conllu_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
-    for block in _blocks(path):
+    for block in _blocks(path, comment="#"):
         words, rest = {}, [""]
         for place, line in block:
             columns = line.split("\t")
@@ -343,7 +342,7 @@ def read_bio(path) -> Iterator[Sentence]:
     """The sentences of a file with a word and its entity tag a line: `index word tag ...`, as in
     Universal NER, or `word ... tag`, as in CoNLL-2003. An `I-` that continues nothing (IOB1)
     becomes `B-`. Raises InputError."""
-    for block in _blocks(path):
+    for block in _blocks(path, comment="#"):
         words, tags = [], []
         for place, line in block:
             columns = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
@@ -491,7 +490,7 @@ def _move_entities(tags: list[str], order: Iterable[int]) -> list[str]:
 
 def _reorder(sentence: Sentence, order: list[int]) -> Sentence:
     """The words as `order` lists them, with their labels; a span is stretched over its words."""
-    place = {old: new for new, old in enumerate(order)}
+    place = dict(zip(order, range(len(sentence.words)), strict=True))
     columns = (sentence.words, sentence.upos, sentence.heads, sentence.deprels)
     words, upos, heads, deprels = (column and [column[old] for old in order] for column in columns)
     heads = heads and [head and place[head - 1] + 1 for head in heads]

@@ -1,0 +1,785 @@
+"""synth_lang.py: what must hold of any sentence, any tree and any file."""
+# ruff: noqa: SIM905  (a sentence is easier to read in one string)
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import synth_lang as sl
+from synth_lang import InputError, Sentence, generate, invert, transform
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+UPOS = set("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
+RELATIONS = "nsubj obj obl advmod amod det case acl:relcl punct conj nmod:poss flat".split()
+
+settings.register_profile("here", deadline=None, max_examples=100)
+settings.load_profile("here")
+
+
+def needs(path: Path):
+    return pytest.mark.skipif(not path.exists(), reason=f"{path} is not on this machine")
+
+
+@cache
+def treebank(name: str) -> list[Sentence]:
+    return list(sl.read_conllu(DATA / "ud" / name))
+
+
+def is_tree(heads: list[int]) -> bool:
+    def leads_to_root(word):
+        for _ in heads:
+            word = word and heads[word - 1]
+        return word == 0
+
+    return heads.count(0) == 1 and all(map(leads_to_root, range(1, len(heads) + 1)))
+
+
+def is_projective(heads: list[int]) -> bool:
+    """No two arcs cross (the arc of the root comes from before the sentence)."""
+    arcs = [(min(word, head), max(word, head)) for word, head in enumerate(heads, start=1)]
+    return not any(a < c < b < d for a, b in arcs for c, d in arcs)
+
+
+def is_bio(tags: list[str]) -> bool:
+    pairs = zip(["O", *tags], tags, strict=False)
+    return all(tag[0] != "I" or before[1:] == tag[1:] for before, tag in pairs)
+
+
+@st.composite
+def sentences(draw, text=None):
+    """Any words with any labels: the tree need not be projective, nor the entities well formed."""
+    any_text = st.text(st.characters(exclude_categories=()), max_size=5)  # lone surrogates too
+    if text is None:
+        text = st.sampled_from([".", "!", "a"]) | any_text
+    words = draw(st.lists(text, max_size=9))
+    size = len(words)
+    below = draw(st.permutations(range(size)))
+    heads = [0] * size
+    for rank in range(1, size):
+        heads[below[rank]] = below[draw(st.integers(0, rank - 1))] + 1
+    some = st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True).map(sorted)
+    return Sentence(
+        words,
+        [draw(st.sampled_from(["NOUN", "VERB", "PROPN", "ADJ", "PUNCT"])) for _ in words],
+        heads,
+        [draw(st.sampled_from(RELATIONS)) for _ in words],
+        [draw(st.sampled_from(["O", "B-PER", "I-PER", "I-LOC"])) for _ in words],
+        [tuple(draw(some)) for _ in range(draw(st.integers(0, 2)) if size else 0)],
+    )
+
+
+names = st.lists(st.sampled_from(sl.TRANSFORMS), max_size=5)
+
+
+# -------------------------------------------------------------------------------- transformations
+
+
+@given(sentences(), names, st.integers(0, 99), st.integers(0, 99))
+def test_inverse_is_identity(sentence, names, seed, index):
+    derived, steps = transform(sentence, names, seed=seed, index=index)
+    assert invert(derived, steps) == sentence
+    assert len(steps) == len(names)
+
+
+@given(sentences(), names)
+def test_derived_is_a_bijection_of_the_words(sentence, names):
+    derived, _ = transform(sentence, names)
+    expected = sentence.words
+    for _ in range(names.count("transliterate")):
+        expected = list(map(sl.transliterate_word, expected))
+    assert Counter(derived.words) == Counter(expected)
+
+
+@given(sentences(), st.lists(st.sampled_from(["invert", "permute", "syntax"]), max_size=4))
+def test_labels_and_trees_travel_with_the_words(sentence, names):
+    sentence.words = [f"word{number}" for number in range(len(sentence.words))]
+
+    def facts(s):
+        heads = [s.words[head - 1] if head else None for head in s.heads]
+        types = [tag[1:] for tag in s.entities]
+        return set(zip(s.words, s.upos, heads, s.deprels, types, strict=True))
+
+    derived, _ = transform(sentence, names)
+    assert facts(derived) == facts(sentence)
+    assert not derived.words or is_tree(derived.heads)
+
+
+@given(sentences(), names.filter(lambda names: set(names) - {"transliterate"}))
+def test_derived_entities_are_well_formed(sentence, names):
+    derived, _ = transform(sentence, names)
+    assert is_bio(derived.entities)
+
+
+def test_entities_that_scatter_come_apart_and_neighbours_stay_together():
+    sentence = Sentence("x Ann Lee Bo y".split(), entities=["O", "B-PER", "I-PER", "B-PER", "O"])
+    assert transform(sentence, ["invert"])[0].entities == ["O", "B-PER", "B-PER", "I-PER", "O"]
+    assert sl._move_entities(sentence.entities, [1, 0, 2, 3, 4]) == [
+        "B-PER", "O", "B-PER", "B-PER", "O"]  # fmt: skip
+
+
+@given(sentences())
+def test_spans_cover_their_words(sentence):
+    sentence.words = [f"word{number}" for number in range(len(sentence.words))]
+    derived, _ = transform(sentence, ["permute"], seed=1)
+    for (start, end), (low, high) in zip(sentence.spans, derived.spans, strict=True):
+        inside = set(sentence.words[start:end])
+        assert inside <= set(derived.words[low:high])
+        assert {derived.words[low], derived.words[high - 1]} <= inside
+    backwards, _ = transform(sentence, ["invert"])
+    for (start, end), (low, high) in zip(sentence.spans, backwards.spans, strict=True):
+        assert high - low == end - start  # a contiguous answer stays one when all is reversed
+
+
+@given(sentences(), names)
+def test_a_composition_is_its_parts_and_inverts_in_reverse_order(sentence, names):
+    whole, steps = transform(sentence, names, seed=3, index=7)
+    stages = [sentence]
+    for name in names:
+        stages.append(transform(stages[-1], [name], seed=3, index=7)[0])
+    assert whole == stages[-1]
+    for stage in reversed(stages[:-1]):
+        whole, step = invert(whole, steps[-1:]), steps.pop()
+        assert whole == stage
+        assert step
+
+
+@given(sentences(), names)
+def test_transliteration_changes_no_order(sentence, names):
+    """train.py relies on it: it transliterates ids, and the words' order without."""
+    others = [name for name in names if name != "transliterate"]
+    with_it, _ = transform(sentence, ["transliterate", *others], seed=2, index=5)
+    without, _ = transform(sentence, others, seed=2, index=5)
+    assert with_it.words == list(map(sl.transliterate_word, without.words))
+    assert with_it.heads == without.heads
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("a b c .", "c b a ."), ("a b !", "b a !"), ("a b", "b a"), ("a ?", "a ?"), (". a", "a ."),
+     ("a . .", ". a ."), ("a b ,", ", b a"), ("?", "?"), ("", "")],
+)  # fmt: skip
+def test_inversion_keeps_the_final_mark_last(words, expected):
+    assert transform(Sentence(words.split()), ["invert"])[0].words == expected.split()
+    derived = transform(Sentence(words.split()), ["transliterate", "invert"])[0]
+    assert derived.words == list(map(sl.transliterate_word, expected.split()))
+
+
+def test_permutation_depends_on_seed_and_index():
+    sentence = Sentence(list("abcdefghijkl"))
+    orders = {
+        tuple(transform(sentence, ["permute"], seed=seed, index=index)[0].words)
+        for seed in range(10) for index in range(10)
+    }  # fmt: skip
+    assert len(orders) == 100
+
+
+def test_transformations_without_names_and_labels():
+    sentence = Sentence(["a", "b"])
+    assert transform(sentence, []) == (sentence, [])
+    derived, steps = transform(sentence, ["invert", "permute", "transliterate"])
+    assert (derived.upos, derived.heads, derived.deprels, derived.entities) == (None,) * 4
+    assert invert(derived, steps) == sentence
+
+
+@given(st.text(st.characters(exclude_categories=())), st.text(st.characters()))
+def test_transliteration_is_a_bijection_onto_a_printable_script(one, other):
+    braille = sl.transliterate_word(one)
+    assert all("\u2800" <= char <= "\u28ff" for char in braille)
+    assert len(braille.split()) == bool(one)  # no white space
+    assert sl.transliterate_word(braille, back=True) == one
+    assert (braille == sl.transliterate_word(other)) == (one == other)
+
+
+@pytest.mark.parametrize("word", ["abc", "\u28ff", "\u28c3\u2800", "\u2900"])
+def test_what_is_no_transliteration_is_refused(word):
+    with pytest.raises(InputError, match="no transliterated word"):
+        sl.transliterate_word(word, back=True)
+
+
+def test_ids_shift_but_for_the_specials():
+    ids = np.array([[0, 1, 2, 3], [4, 99, 3, 0]])
+    assert sl.transliterate_ids(ids, 100, 3).tolist() == [[0, 1, 2, 103], [104, 199, 103, 0]]
+
+
+def test_names_are_checked():
+    assert sl.parse_transform("transliterate+invert") == ("transliterate", "invert")
+    for text in ("invart", "", "invert+", "invert,permute"):
+        with pytest.raises(InputError, match="transliterate, invert, permute, syntax"):
+            sl.parse_transform(text)
+        with pytest.raises(InputError):
+            transform(Sentence(["a"]), [text])
+
+
+# -------------------------------------------------------------------------------------- syntax
+
+RED_HOUSES = Sentence(
+    "the red house fell .".split(), "DET ADJ NOUN VERB PUNCT".split(), [3, 3, 4, 0, 4],
+    "det amod nsubj root punct".split())  # fmt: skip
+
+
+def test_order_is_learned_and_applied():
+    assert transform(RED_HOUSES, ["syntax"])[0].words == "the house red fell .".split()
+    model = sl.learn_order([RED_HOUSES])
+    backwards, _ = transform(RED_HOUSES, ["invert"])
+    assert backwards.words == "fell house red the .".split()
+    assert transform(backwards, ["syntax"], order=model)[0].words == RED_HOUSES.words
+    back = sl.learn_order([backwards])
+    assert transform(RED_HOUSES, ["syntax"], order=back)[0].words == backwards.words
+
+
+def test_an_unseen_pair_keeps_its_order():
+    assert transform(RED_HOUSES, ["syntax"], order=sl.OrderModel())[0] == RED_HOUSES
+
+
+def test_smoothing_falls_back_on_the_relation():
+    """Never seen with this tag, the adjective goes where other `amod` go."""
+    model = sl.OrderModel({("NOUN", "head", "amod"): 3})
+    verbal = Sentence(["walking", "stick"], ["VERB", "NOUN"], [2, 0], ["amod:x", "root"])
+    assert transform(verbal, ["syntax"], order=model)[0].words == ["stick", "walking"]
+    model["NOUN", ("amod", "VERB"), ("head", "NOUN")] = 9  # seen with its tag, it goes there
+    model = sl.OrderModel(model)
+    assert transform(verbal, ["syntax"], order=model)[0].words == ["walking", "stick"]
+
+
+@settings(max_examples=40)
+@given(st.data(), st.integers(1, 6))
+def test_up_to_seven_items_the_order_is_the_best(data, size):
+    items = tuple((f"relation{number}", "NOUN") for number in range(size))
+    pairs = list(itertools.permutations(items, 2))
+    model = sl.OrderModel({("VERB", *p): data.draw(st.integers(0, 20)) for p in pairs})
+
+    def score(order):
+        total = 0.0
+        for a, b in itertools.combinations([items[at] for at in order], 2):
+            p = (model["VERB", a, b] + 0.5) / (model["VERB", a, b] + model["VERB", b, a] + 1)
+            total += np.log(p / (1 - p))
+        return total
+
+    best = max(map(score, itertools.permutations(range(size))))
+    found = sl._best_order(model, "VERB", items)
+    assert score(found) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("size", [7, 8, 12])
+def test_rows_of_any_length_are_ordered(size):
+    """Where all pairs agree on one order, greed finds it too."""
+    items = [(f"relation{number}", "NOUN") for number in range(size)]
+    model = sl.OrderModel(("VERB", a, b) for a, b in itertools.combinations(items, 2))
+    shuffled = tuple(items[at] for at in np.random.default_rng(0).permutation(size))
+    order = sl._best_order(model, "VERB", shuffled)
+    assert [shuffled[at] for at in order] == items
+
+
+def test_subtrees_move_as_wholes_and_gaps_close():
+    """A tree that is not projective: "a hearing is scheduled on the issue today" (McDonald)."""
+    words = "a hearing is scheduled on the issue today .".split()
+    heads = [2, 4, 4, 0, 7, 7, 2, 4, 4]
+    upos = "DET NOUN AUX VERB ADP DET NOUN NOUN PUNCT".split()
+    deprels = "det nsubj:pass aux root case det nmod obl punct".split()
+    derived, steps = transform(Sentence(words, upos, heads, deprels), ["syntax"])
+    assert derived.words == "a the issue on hearing today scheduled is .".split()
+    assert is_projective(derived.heads)
+    assert invert(derived, steps).words == words
+
+
+def test_long_chains_and_wide_rows_are_no_trouble():
+    for heads in (range(2000), [0] + [1] * 99):  # deeper than Python's recursion goes
+        size = len(heads)
+        sentence = Sentence(["w"] * size, ["NOUN"] * size, list(heads), ["conj"] * size)
+        derived, steps = transform(sentence, ["syntax", "invert"])
+        assert invert(derived, steps) == sentence
+
+
+def test_syntax_needs_trees():
+    with pytest.raises(InputError, match="give a CoNLL-U file"):
+        transform(Sentence(["a"]), ["syntax"])
+
+
+def test_the_built_in_order_is_truly_another():
+    """Verbs last, adjectives after nouns, postpositions: always, and before them seldom."""
+
+    def shares(sentences):
+        count = defaultdict(list)
+        for s in sentences:
+            for word, (head, deprel) in enumerate(zip(s.heads, s.deprels, strict=True), start=1):
+                pair = s.upos[head - 1], deprel
+                count[pair].append(word < head)
+        return {pair: np.mean(before) for pair, before in count.items()}
+
+    originals = list(generate(1000, seed=4))
+    before = shares(originals)
+    after = shares(transform(sentence, ["syntax"])[0] for sentence in originals)
+    verb, adjective, adposition = ("VERB", "obj"), ("NOUN", "amod"), ("NOUN", "case")
+    assert before[verb] < 0.3 < 0.5 < before[adjective] < 0.9 < before[adposition]
+    assert after[verb] == 1 and after[adjective] == after[adposition] == 0
+
+
+# ------------------------------------------------------------------------------- the language
+
+
+@pytest.fixture(scope="module")
+def language() -> tuple[list[Sentence], list[Sentence]]:
+    return list(generate(20_000, seed=1)), list(generate(4_000, seed=2))
+
+
+def test_generated_sentences_are_valid(language):
+    for sentence in language[1]:
+        assert is_tree(sentence.heads) and is_projective(sentence.heads)
+        assert is_bio(sentence.entities)
+        assert set(sentence.upos) <= UPOS
+        assert sentence.words[-1] in {".", "!", "?"}
+        assert all(sentence.words) and not any(char.isspace() for char in "".join(sentence.words))
+        roots = [relation == "root" for relation in sentence.deprels]
+        assert roots == [head == 0 for head in sentence.heads]
+        for upos, tag in zip(sentence.upos, sentence.entities, strict=True):
+            assert upos == "PROPN" if tag[0] == "B" else upos in ("PROPN", "ADP") or tag == "O"
+            assert tag != "O" if upos == "PROPN" else True
+
+
+def test_generated_sentences_are_varied(language):
+    originals = language[0]
+    words = Counter(word for sentence in originals for word in sentence.words)
+    size = words.total() / len(originals)
+    assert 8 <= size <= 14
+    assert 3000 <= len(words) <= 6000
+    counts = np.array(sorted(words.values(), reverse=True))[:1000]
+    slope = np.polyfit(np.log(np.arange(1, 1001)), np.log(counts), 1)[0]
+    assert -1.2 < slope < -0.7  # Zipf's law: -1
+    tags = Counter(tag for sentence in originals for tag in sentence.upos)
+    assert len([tag for tag in tags if tags[tag] > 0.003 * words.total()]) >= 12
+    entities = Counter(tag for sentence in originals for tag in sentence.entities)
+    tags = [f"{prefix}-{kind}" for prefix in "BI" for kind in ("PER", "LOC", "ORG")]
+    assert all(entities[tag] > 500 for tag in tags)
+    relations = {relation for sentence in originals for relation in sentence.deprels}
+    assert {"acl:relcl", "ccomp", "advcl", "conj", "nmod", "xcomp"} <= relations
+    assert len({tuple(sentence.words) for sentence in originals}) > 0.97 * len(originals)
+
+
+def test_verbs_and_determiners_agree():
+    singular, plural = {"is", "was", "has", "does"}, {"are", "were", "have", "do"}
+    checked = 0
+    for s in generate(5000, seed=5):
+        for word, upos, head, deprel in zip(s.words, s.upos, s.heads, s.deprels, strict=True):
+            if deprel == "nsubj" and upos == "PRON" and word in {"it", "he", "she", "they", "we"}:
+                below = [i for i, other in enumerate(s.heads) if other == head]
+                verbs = {s.words[i] for i in below if s.upos[i] == "AUX"}
+                assert not verbs & (singular if word in {"they", "we"} else plural)
+                checked += bool(verbs & (singular | plural))
+            elif word in {"a", "every", "these", "those"} and deprel == "det":
+                number = word in {"these", "those"}
+                assert s.words[head - 1].endswith("s") == number
+    assert checked > 100
+
+
+def test_tags_need_the_word(language):
+    """A word's most frequent tag is right 93 to 97 times in a hundred; its neighbours' tags tell
+    about half, as in natural text (EWT: 83 and 51); and reversed, they mislead."""
+    by_word, by_neighbours = defaultdict(Counter), defaultdict(Counter)
+
+    def neighbours(tags):
+        return zip(["^", *tags[:-1]], [*tags[1:], "$"], strict=True)
+
+    for sentence in language[0]:
+        for word, around, tag in zip(
+            sentence.words, neighbours(sentence.upos), sentence.upos, strict=True
+        ):
+            by_word[word][tag] += 1
+            by_neighbours[around][tag] += 1
+    best_by_word = {word: tags.most_common(1)[0][0] for word, tags in by_word.items()}
+    best_between = {pair: tags.most_common(1)[0][0] for pair, tags in by_neighbours.items()}
+
+    def scores(sentences):
+        word, between = [], []
+        for s in sentences:
+            word += [best_by_word.get(w) == tag for w, tag in zip(s.words, s.upos, strict=True)]
+            pairs = neighbours(s.upos)
+            between += [best_between.get(p) == t for p, t in zip(pairs, s.upos, strict=True)]
+        return np.mean(word), np.mean(between)
+
+    word, between = scores(language[1])
+    assert 0.93 < word < 0.97
+    assert 0.4 < between < 0.55
+    assert scores(transform(s, ["invert"])[0] for s in language[1])[1] < 0.3
+
+
+def test_seeds_differ_in_sentences_not_in_language(language):
+    train, test = ({word for s in part for word in s.words} for part in language)
+    assert len(test - train) < 0.02 * len(test)
+    assert [s.words for s in generate(50, seed=1)] != [s.words for s in generate(50, seed=2)]
+    assert list(generate(50, seed=1)) == language[0][:50]
+
+
+def test_words_keep_company(language):
+    """A head and its dependent are often a pair that was there before; a random pair seldom is."""
+
+    def pairs(sentences):
+        content = {"NOUN", "VERB", "ADJ"}
+        for s in sentences:
+            for word, (upos, head) in enumerate(zip(s.upos, s.heads, strict=True)):
+                if head and {upos, s.upos[head - 1]} <= content:
+                    yield s.words[word], s.words[head - 1]
+
+    known, test = set(pairs(language[0])), list(pairs(language[1]))
+    words, heads = zip(*test, strict=True)
+    heads = np.random.default_rng(0).permutation(heads).tolist()
+    chance = np.mean([pair in known for pair in zip(words, heads, strict=True)])
+    assert np.mean([pair in known for pair in test]) > 5 * chance
+
+
+def test_same_seed_same_output_in_a_fresh_process():
+    program = (
+        "import hashlib, synth_lang as sl\n"
+        "names = sl.TRANSFORMS\n"
+        "sentences = enumerate(sl.generate(300, 9))\n"
+        "out = [sl.transform(s, names, seed=5, index=i)[0] for i, s in sentences]\n"
+        "print(hashlib.sha256(repr(out).encode()).hexdigest())\n"
+    )
+    digests = {
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True,
+                       check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout.strip()
+        for seed in ("0", "1")
+    }  # fmt: skip
+    sentences = enumerate(generate(300, 9))
+    here = [transform(s, sl.TRANSFORMS, seed=5, index=i)[0] for i, s in sentences]
+    assert digests == {hashlib.sha256(repr(here).encode()).hexdigest()}
+
+
+def test_fifty_thousand_words_a_second():
+    rates = []
+    for seed in range(3):
+        start = time.process_time()
+        words = sum(len(sentence.words) for sentence in generate(3000, seed))
+        rates.append(words / (time.process_time() - start))
+    assert max(rates) > 50_000
+
+
+# ------------------------------------------------------------------------------- the readers
+
+
+def written(text: str | bytes, name: str = "file.txt") -> Path:
+    path = Path(tempfile.mkdtemp(dir=ROOT_TEMPORARY.name)) / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+ROOT_TEMPORARY = tempfile.TemporaryDirectory()
+
+
+def test_read_text():
+    text = (
+        'Mr. Lee\'s 3.5 dogs, well-fed, ran! "Really?" she said. So... Yes\n'
+        "\n"
+        "no final mark\n"
+        "\u201cGo.\u201d He went."
+    )
+    assert [" ".join(s.words) for s in sl.read_text(written(text))] == [
+        "Mr. Lee's 3.5 dogs , well-fed , ran !",
+        '" Really ? " she said .',
+        "So ...",
+        "Yes",
+        "no final mark",
+        "\u201c Go . \u201d",
+        "He went .",
+    ]
+
+
+CONLLU = """# sent_id = 1
+# text = vámonos al mar
+1-2\tvámonos\t_\t_\t_\t_\t_\t_\t_\tSpaceAfter=No
+1\tvamos\tir\tVERB\tV\tMood=Imp\t0\troot\t0:root\t_
+2\tnos\tnosotros\tPRON\t_\t_\t1\tobj\t1:obj\t_
+2.1\tempty\t_\t_\t_\t_\t_\t_\t1:dep\t_
+3-4\tal\t_\t_\t_\t_\t_\t_\t_\t_
+3\ta\ta\tADP\t_\t_\t5\tcase\t5:case\tGloss=to
+4\tel\tel\tDET\t_\t_\t5\tdet\t5:det\t_
+5\tmar\tmar\tNOUN\t_\t_\t1\tobl\t1:obl\t_
+
+# a comment alone
+
+# sent_id = 2
+1\ta b\u2028c\t_\tX\t_\t_\t0\troot\t_\t_
+"""
+
+
+def test_read_conllu():
+    first, second = sl.read_conllu(written(CONLLU))
+    assert first.words == "vamos nos a el mar".split()
+    assert first.upos == "VERB PRON ADP DET NOUN".split()
+    assert first.heads == [0, 1, 5, 5, 1]
+    assert first.deprels == "root obj case det obl".split()
+    assert first.entities is None
+    assert second == Sentence(["a b\u2028c"], ["X"], [0], ["root"])
+
+
+def test_read_bio():
+    numbered = "# text = O O\n1\t#1\tB-PER\t-\tx\n2\tfan\tI-PER\t-\t-\n\n# id = 2\n1\tGo\tO\t-\t-\n"
+    first, second = sl.read_bio(written(numbered))
+    assert (first.words, first.entities) == (["#1", "fan"], ["B-PER", "I-PER"])
+    assert (second.words, second.entities) == (["Go"], ["O"])
+    conll = "-DOCSTART- -X- O O\n\nEU NNP I-NP I-ORG\nUN NNP I-NP B-ORG\n# # I-NP O\n1 CD I-NP O\n"
+    (only,) = sl.read_bio(written(conll))
+    assert only == Sentence(["EU", "UN", "#", "1"], entities=["B-ORG", "B-ORG", "O", "O"])
+
+
+@pytest.mark.parametrize(
+    ("reader", "text", "line", "message"),
+    [
+        ("conllu", CONLLU.replace("\tGloss=to", ""), 8, "9 columns; CoNLL-U has 10"),
+        ("conllu", CONLLU.replace("\t5\tcase", "\t6\tcase"), 8, "head '6'"),
+        ("conllu", CONLLU.replace("\t5\tcase", "\t_\tcase"), 8, "head '_'"),
+        ("conllu", CONLLU.replace("\t5\tcase", "\t-1\tcase"), 8, "head '-1'"),
+        ("conllu", CONLLU.replace("\t1\tobl", "\t4\tobl"), 8, "no tree"),
+        ("conllu", CONLLU.replace("\t1\tobl", "\t5\tobl"), 8, "no tree"),
+        ("conllu", CONLLU.replace("\t1\tobl", "\t0\troot"), 4, "no tree"),
+        ("conllu", CONLLU.replace("\t0\troot", "\t2\troot"), 4, "no tree"),
+        ("conllu", CONLLU.replace("\n2\tnos", "\n3\tnos"), 5, "word '3'"),
+        ("bio", "1\tGo\tO\n2\thome\n", 2, "give a word and O, B-TYPE or I-TYPE"),
+        ("bio", "Go O\nhome\n", 2, "give a word and O, B-TYPE or I-TYPE"),
+        ("bio", "Go O\nhome PER\n", 2, "tag 'PER'"),
+        ("text", b"good\nb\xffd\n", 2, "not UTF-8"),
+        ("conllu", b"# good\n# b\xffd\n", 2, "not UTF-8"),
+    ],
+)
+def test_errors_name_the_line(reader, text, line, message):
+    path = written(text)
+    with pytest.raises(InputError) as error:
+        list(getattr(sl, f"read_{reader}")(path))
+    assert str(error.value).startswith(f"{path}:{line}: ") and message in str(error.value)
+    assert "; " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("reader", ["text", "conllu", "bio"])
+def test_missing_and_empty_files(reader):
+    read = getattr(sl, f"read_{reader}")
+    bad = (written(""), "empty"), (written("\n \n"), "empty"), (ROOT / "none", "No such file")
+    if reader != "text":
+        bad += ((written("# comment\n\n# another\n"), "empty"),)
+    for path, message in (*bad, (ROOT, "directory")):
+        with pytest.raises(InputError, match=message) as error:
+            list(read(path))
+        assert str(path) in str(error.value)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def there_and_back(content: bytes, names: str, suffix: str, *options: str) -> str:
+    """Transforms a file and inverts it by the command line; returns the derived text."""
+    path = written(content, f"file{suffix}")
+    out, back = f"{path}.transform", Path(f"{path}.transform.invert")
+    assert sl.main(["transform", "--transform", names, str(path), *options]) == 0
+    assert sl.main(["invert", out]) == 0
+    assert back.read_bytes() == content
+    assert {file.name[len(path.name) :] for file in path.parent.iterdir()} == {
+        "", ".transform", ".transform.undo", ".transform.invert"}  # fmt: skip
+    return Path(out).read_text()
+
+
+@settings(max_examples=60)
+@given(
+    st.text(st.sampled_from("aB. !?\"\n\r\t'-,3\u2028\u4e2d\ufeff") | st.characters()),
+    st.sampled_from(["transliterate", "invert", "permute+transliterate", "invert+permute"]),
+)
+def test_any_text_comes_back_byte_for_byte(text, names):
+    if text.strip():
+        there_and_back(text.encode(), names, ".txt", "--seed", "3")
+
+
+def test_text_is_derived_sentence_by_sentence():
+    derived = there_and_back(b"  One, two! Three\r\n\r\nfour.", "invert", ".txt")
+    assert derived == "two , One !\nThree\nfour .\n"
+
+
+field = st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"]), max_size=4)
+
+
+@settings(max_examples=30)
+@given(st.lists(sentences(field), min_size=1, max_size=3), st.data())
+def test_any_treebank_comes_back_byte_for_byte(treebank, data):
+    end = data.draw(st.sampled_from(["\n", "\r\n"]))
+    lines = []
+    for sentence in treebank:
+        lines += ["# c\u2028omment = \t"] * data.draw(st.integers(0, 1))
+        for number, word in enumerate(sentence.words):
+            if data.draw(st.integers(0, 5)) == 0:
+                lines.append(f"{number + 1}-{number + 2}" + "\tword" * 9)
+            columns = [data.draw(field) for _ in range(10)]
+            columns[0], columns[1] = str(number + 1), word
+            columns[6] = str(sentence.heads[number])
+            lines.append("\t".join(columns))
+            if data.draw(st.integers(0, 5)) == 0:
+                lines.append(f"{number + 1}.1" + "\tempty" * 9)
+        lines += [""] * data.draw(st.integers(1, 2))
+    text = end.join(lines) + end * data.draw(st.integers(0, 1))
+    if any(sentence.words for sentence in treebank):
+        names = data.draw(st.sampled_from(["transliterate+syntax", "invert", "syntax+permute"]))
+        there_and_back(text.encode(), names, ".conllu")
+
+
+def test_a_derived_treebank_is_one():
+    derived = there_and_back(CONLLU.encode(), "transliterate+invert", ".conllu")
+    first, _ = sl.read_conllu(written(derived))
+    original, _ = sl.read_conllu(written(CONLLU))
+    assert first == transform(original, ["transliterate", "invert"])[0]
+    assert derived.startswith("# text = " + " ".join(first.words))
+    assert "1.1" not in derived and "SpaceAfter" not in derived
+
+
+def test_generate_writes_both_languages_and_the_dictionary(tmp_path):
+    options = ["--sentences", "40", "--seed", "6", "--transform", "transliterate+permute"]
+    assert sl.main(["generate", *options, "--out", str(tmp_path / "new" / "place")]) == 0
+    out = tmp_path / "new" / "place"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "derived.conllu", "derived.txt", "dictionary.tsv", "original.conllu", "original.txt",
+    ]  # fmt: skip
+    originals = list(generate(40, seed=6))
+    parallel = zip(originals, sl.read_conllu(out / "original.conllu"),
+                   sl.read_conllu(out / "derived.conllu"), strict=True)  # fmt: skip
+    for index, (sentence, original, derived) in enumerate(parallel):
+        assert (original.words, original.heads) == (sentence.words, sentence.heads)
+        expected, _ = transform(original, ["transliterate", "permute"], seed=6, index=index)
+        assert derived == expected
+    texts = [(out / f"{side}.txt").read_text().splitlines() for side in ("original", "derived")]
+    pairs = [line.split("\t") for line in (out / "dictionary.tsv").read_text().splitlines()]
+    dictionary = dict(pairs)
+    assert len(dictionary) == len(pairs)
+    for one, other in zip(*texts, strict=True):
+        assert Counter(dictionary[word] for word in one.split()) == Counter(other.split())
+    assert "Entity=B-" in (out / "original.conllu").read_text()
+
+
+def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
+    good, bad = written(CONLLU, "a.conllu"), written(CONLLU.replace("\t_\n", "\n"), "b.conllu")
+    text = written("Some text.\n")
+    broken = written("derived\n")
+    Path(f"{broken}.undo").write_text("not JSON\n")
+    shorter = written("a b .\n", "shorter")
+    Path(f"{shorter}.undo").write_text('false\n[["", " ", "", "\\n"], [[1, 0, 2]]]\n')
+    assert sl.main(["invert", str(shorter)]) == 0
+    for changed in ("a b c .\n", "a b\n", "a b .\nc\n"):
+        shorter.write_text(changed)
+        assert sl.main(["invert", str(shorter), "-o", str(tmp_path / "x")]) == 2
+        assert "does not fit" in capsys.readouterr().err
+    cases = [
+        (["transform", str(tmp_path / "none")], f"{tmp_path / 'none'}: No such file"),
+        (["transform"], "FILE: No such file"),
+        (["transform", str(text), "--transform", "invart"], "no transformation 'invart'"),
+        (["transform", str(text), "--transform", "syntax"], "syntax needs dependency trees"),
+        (["transform", str(bad)], f"{bad}:4: 9 columns"),
+        (["transform", str(good), "--order", str(bad)], f"{bad}:4: 9 columns"),
+        (["transform", str(written(b"\xff"))], ":1: bytes that are not UTF-8"),
+        (["transform", str(written(""))], "empty"),
+        (["invert", str(good)], "a.conllu.undo: No such file"),
+        (["invert", str(broken)], "does not fit"),
+        (["generate", "--out", f"{good}/below"], "Not a directory"),
+        (["generate", "--transform", "x"], "no transformation 'x'"),
+    ]
+    for arguments, message in cases:
+        folder = good.parent
+        before = set(folder.rglob("*"))
+        out = [] if "--out" in arguments else ["-o", str(tmp_path / "out")]
+        assert sl.main([*arguments, *out, "--sentences", "5"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("synth_lang.py: ") and error.count("\n") == 1, error
+        assert message in error
+        assert not any(tmp_path.iterdir()) and set(folder.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert sl.main(["generate", "--sentences", "5", "--out", str(tmp_path)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_no_traceback_from_the_shell():
+    command = [sys.executable, "synth_lang.py", "transform", "no-such-file"]
+    run = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1 and "no-such-file: No such file" in run.stderr
+
+
+# ------------------------------------------------------------------------------------- real data
+
+ENGLISH = ("en_ewt-ud-train.conllu", "en_ewt-ud-dev.conllu", "en_ewt-ud-test.conllu")
+
+
+@needs(DATA / "ud")
+@pytest.mark.parametrize("name", [*sl.TRANSFORMS, "all"])
+def test_real_sentences_come_back(name):
+    sentences = [sentence for part in ENGLISH for sentence in treebank(part)]
+    assert len(sentences) == 16_622
+    order = sl.learn_order(treebank("fr_gsd-ud-test.conllu"))
+    if name == "all":  # slow: the test part
+        sentences = sentences[14_545:]
+    names = sl.TRANSFORMS if name == "all" else [name]
+    changed = 0
+    for index, sentence in enumerate(sentences):
+        derived, steps = transform(sentence, names, index=index, order=order)
+        assert invert(derived, steps) == sentence
+        changed += derived.words != sentence.words
+    assert changed > 0.5 * len(sentences)
+
+
+@needs(DATA / "ud")
+def test_french_puts_adjectives_after_nouns_and_english_before():
+    english = treebank("en_ewt-ud-test.conllu")
+    french = treebank("fr_gsd-ud-dev.conllu") + treebank("fr_gsd-ud-test.conllu")
+
+    def adjectives_after_nouns(sentences):
+        places = [
+            word > head
+            for s in sentences
+            for word, (head, deprel) in enumerate(zip(s.heads, s.deprels, strict=True), start=1)
+            if deprel == "amod" and s.upos[word - 1] == "ADJ" and s.upos[head - 1] == "NOUN"
+        ]
+        return np.mean(places)
+
+    def like(order):
+        return [transform(sentence, ["syntax"], order=order)[0] for sentence in english]
+
+    as_english, as_french = like(sl.learn_order(english)), like(sl.learn_order(french))
+    assert adjectives_after_nouns(english) < 0.1 and adjectives_after_nouns(french) > 0.6
+    assert adjectives_after_nouns(as_english) < 0.1 and adjectives_after_nouns(as_french) > 0.9
+    kept = np.mean([a.words == b.words for a, b in zip(as_english, english, strict=True)])
+    assert kept > 0.4  # English in English order mostly stays as it is
+
+
+@needs(DATA / "ner")
+def test_real_entities():
+    sentences = list(sl.read_bio(DATA / "ner" / "en_ewt-ud-test.iob2"))
+    assert len(sentences) == 2077
+    assert sum(len(s.words) for s in sentences) == 25_097
+    assert sum(tag[0] == "B" for s in sentences for tag in s.entities) == 1088
+    for index, sentence in enumerate(sentences):
+        assert is_bio(sentence.entities)
+        derived, steps = transform(sentence, ["permute", "transliterate"], index=index)
+        assert is_bio(derived.entities) and invert(derived, steps) == sentence
+
+
+@needs(DATA / "text")
+@needs(DATA / "ud")
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [("text/wikitext2-valid.txt", "transliterate+invert"),
+     ("ud/fr_gsd-ud-test.conllu", "transliterate+syntax"),
+     ("ud/en_ewt-ud-test.conllu", "permute+transliterate")],
+)  # fmt: skip
+def test_real_files_come_back_byte_for_byte(file, names):
+    there_and_back((DATA / file).read_bytes(), names, Path(file).suffix)
