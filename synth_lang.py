@@ -180,8 +180,8 @@ def _word(leaf: str, topic: int, rank: int) -> tuple[list[str], int]:
     parts = (
         "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
         "a e i o u a e i o u ai ea ee oo ou",
-        "b ck ct d ft g ld lk ll lt m mp n nd ng nt p pt rd rk rl rm rn rt sk sp st t th",
-        "er el et in ock ard il ant om en ow",
+        "b ct d ft ld lk ll lm lp lt m mp n nd ng rb rd rk rl rm rn rp sk sp st",
+        "ant el en er et il in om or ow",
     )
     stem = "".join(rng.choice(part.split()) for part in parts[: 3 + (rank > 0)])
     stem = stem.capitalize() if tag == "PROPN" else stem
