@@ -385,6 +385,13 @@ def _hf_names(name: str) -> list[str]:
     return [f"{prefix}{HF_MODULES[module]}.{kind}"]
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all: under another name, then renamed."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all: under another name, flushed, then renamed."""
     part = f"{path}.part"
@@ -404,12 +411,6 @@ def to_hf(model: MaskedLM, folder: str | Path) -> None:
     """
     folder, s = Path(folder), model.settings
     folder.mkdir(parents=True, exist_ok=True)
-    config = {theirs: getattr(s, ours) for theirs, ours in HF_CONFIG.items()} | HF_FIXED | {
-        "architectures": ["RobertaForMaskedLM"], "tie_word_embeddings": True,
-        "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS,
-        "max_position_embeddings": s.positions + HF_SKIPPED_POSITIONS,
-        "attention_probs_dropout_prob": s.dropout,
-    }  # fmt: skip
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "position_embeddings.weight":
@@ -417,8 +418,13 @@ def to_hf(model: MaskedLM, folder: str | Path) -> None:
         names = _hf_names(name)
         tensors |= zip(names, (t.cpu().clone() for t in tensor.chunk(len(names))), strict=True)
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / "config.json.part", folder / "config.json")
+    config = {theirs: getattr(s, ours) for theirs, ours in HF_CONFIG.items()} | HF_FIXED | {
+        "architectures": ["RobertaForMaskedLM"], "tie_word_embeddings": True,
+        "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS,
+        "max_position_embeddings": s.positions + HF_SKIPPED_POSITIONS,
+        "attention_probs_dropout_prob": s.dropout,
+    }  # fmt: skip
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def from_hf(folder: str | Path, settings: Settings | None = None) -> MaskedLM:
@@ -427,9 +433,9 @@ def from_hf(folder: str | Path, settings: Settings | None = None) -> MaskedLM:
     settings: the experiment's; what concerns the model is read from the folder. Raises ValueError,
     naming the file, when it is missing, damaged, or holds another kind of model.
     """
-    config_file, weights_file = Path(folder, "config.json"), Path(folder, "model.safetensors")
+    file = Path(folder, "config.json")
     try:
-        config = json.loads(config_file.read_text())
+        config = json.loads(file.read_text())
         for key, value in HF_FIXED.items():
             if config[key] != value:
                 raise ValueError(f"{key} is {config[key]!r}, but only {value!r} is known here")
@@ -437,16 +443,13 @@ def from_hf(folder: str | Path, settings: Settings | None = None) -> MaskedLM:
         s = settings or Settings(tune_length=min(positions, Settings.tune_length))
         ours = {ours: config[theirs] for theirs, ours in HF_CONFIG.items()}
         model = MaskedLM(replace(s, positions=positions, **ours))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{config_file}: not a RoBERTa model's settings: {error}") from error
-    try:
-        theirs = load_file(weights_file)
+        file = Path(folder, "model.safetensors")
+        theirs = load_file(file)
         state = {n: torch.cat([theirs.pop(t) for t in _hf_names(n)]) for n in model.state_dict()}
         if left := theirs.keys() - HF_DERIVED:
-            raise KeyError(f"{min(left)} has no place in the model")
-        positions = state["position_embeddings.weight"][HF_SKIPPED_POSITIONS:]
+            raise ValueError(f"{min(left)} has no place in the model of config.json")
+        positions = state.pop("position_embeddings.weight")[HF_SKIPPED_POSITIONS:]
         model.load_state_dict(state | {"position_embeddings.weight": positions})
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{weights_file}: not the weights of {config_file}: {reason}") from error
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a RoBERTa model's: {str(error).splitlines()[0]}") from error
     return model

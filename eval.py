@@ -36,8 +36,8 @@ from tqdm import tqdm
 import synth_lang
 import train
 from alignmlm import BOS, EOS, OBJECTIVES, PAD, MaskedLM, Settings
-from alignmlm import alignment_score, from_hf, make_dictionary, preset
-from train import Languages, Source, make_optimizer, prepare, write_json
+from alignmlm import alignment_score, from_hf, make_dictionary, preset, write_text
+from train import Languages, Source, make_optimizer, prepare
 
 SCORES = ("source", "BS", "BZ", "Delta")
 NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
@@ -223,7 +223,7 @@ def pos(folder: Path, training_file: str | None, test_file: str | None, device: 
         "alignment": {k: None if math.isnan(v) else v for k, v in alignment.items()},
         "seconds": time.perf_counter() - started,
     }
-    write_json(folder / "pos.json", cell)
+    write_text(folder / "pos.json", json.dumps(cell, indent=2) + "\n")
     return cell
 
 
@@ -337,9 +337,8 @@ def report(folder: Path, out: Path) -> str:
     rho, p = correlation([c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells])
     text += f"\nSpearman's rho of alignment and -Delta over the {len(cells)} cells: {rho:.3f}"
     text += f" (p = {p:.2g}).\n"
-    write_json(out / "results.json", cells)
-    (out / "report.md.part").write_text(text)
-    os.replace(out / "report.md.part", out / "report.md")
+    write_text(out / "results.json", json.dumps(cells, indent=2) + "\n")
+    write_text(out / "report.md", text)
     draw_delta(cells, out / "delta.png")
     draw_alignment(cells, out / "alignment.png")
     return text

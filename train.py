@@ -40,15 +40,8 @@ from tqdm import tqdm
 
 import synth_lang
 from alignmlm import BOS, EOS, PAD, PRESETS, SPECIALS, Batch, MaskedLM, Settings
-from alignmlm import (
-    ask_translations,
-    make_dictionary,
-    mask_tokens,
-    pair_translations,
-    preset,
-    save_tensors,
-    to_hf,
-)
+from alignmlm import ask_translations, make_dictionary, mask_tokens, pair_translations
+from alignmlm import preset, save_tensors, to_hf, write_text
 
 # ------------------------------------------------------------------------------ text to arrays
 
@@ -330,8 +323,7 @@ def open_log(path: Path, step: int):
         return open(os.devnull, "w")
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.with_suffix(".part").write_text("".join(kept))
-    os.replace(path.with_suffix(".part"), path)
+    write_text(path, "".join(kept))
     return open(path, "a")
 
 
@@ -486,13 +478,6 @@ def refuse_other(path: Path, record: dict) -> None:
             raise ValueError(f"{path}: has other settings: {', '.join(differ)}: use a new folder")
 
 
-def write_json(path: Path, value) -> None:
-    """All or nothing: under a temporary name, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
 def guarded(main) -> None:
     """Run a command; what its user can mend is one line on stderr and exit status 2."""
     try:
@@ -523,7 +508,7 @@ def run(
     with first_process_first():
         corpus = prepare(source, s, folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "settings.json", record)
+        write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
     pretrain(corpus, s, folder, device, save_every, accumulate, compiled)
 
 
