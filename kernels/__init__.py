@@ -71,7 +71,7 @@ def _masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ign
                with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss and its gradients. An operator, so that torch.compile does not look inside."""
     way = masked_softmax.masked_lm_fused if _fused(weight) else masked_softmax.masked_lm_oracle
-    with torch.autocast(weight.device.type, enabled=False):  # it has had its say above
+    with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):
         return way(hidden, weight, bias, labels, ignore_index, with_grad)
 
 

@@ -99,9 +99,10 @@ def _alignment(weight: Tensor, pairs: Tensor, gradient: Tensor, made_for: Tensor
     again, losses = upstream is not None, guess.new_empty(2 * K)
     if not again:
         gradient.index_fill_(0, absent, 0.0)
-    alignment_kernel[(K,)](
-        weight, entries, partners, runs, upstream if again else guess, made_for, losses, gradient,
-        K, V, D, BLOCK_D=block, AGAIN=again, num_warps=max(1, block // 512))  # 16 columns a thread
+    with torch.cuda.device_of(weight):
+        alignment_kernel[(K,)](
+            weight, entries, partners, runs, upstream if again else guess, made_for, losses,
+            gradient, K, V, D, BLOCK_D=block, AGAIN=again, num_warps=max(1, block // 512))
     if again:
         guess.copy_(upstream)
     return losses.mean() if K and not again else losses.new_zeros(())
