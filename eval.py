@@ -292,25 +292,25 @@ def table(cells: list[dict]) -> str:
 
 
 def draw_delta(cells: list[dict], path: Path) -> None:
-    """BZ beside BS for every objective, a panel a transformation; a dot is a seed."""
+    """BS and BZ of every objective, a panel a transformation; a dot is a seed, the number Delta."""
     transforms = list(dict.fromkeys(c["transform"] for c in cells))
-    size = 1 + 4 * len(transforms), 3.6
-    figure, axes = plt.subplots(
-        1, len(transforms), sharey=True, squeeze=False, figsize=size, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(transforms), sharey=True, squeeze=False,
+                                figsize=(1 + 4 * len(transforms), 4), layout="constrained")
     for transform, axis in zip(transforms, axes[0], strict=True):
         same = {o: g for (t, o), g in groups(cells).items() if t == transform}
         for offset, score, shade, hatch in ((-0.2, "BS", "0.85", ""), (0.2, "BZ", "0.55", "//")):
-            places = np.arange(len(same)) + offset
-            values = [[c[score] for c in group] for group in same.values()]
-            axis.bar(places, [np.mean(v) for v in values], 0.38, color=shade, hatch=hatch,
-                     edgecolor="black", label=score)  # fmt: skip
-            for place, dots in zip(places, values, strict=True):
-                axis.plot([place] * len(dots), dots, "k.", markersize=5)
+            for place, group in enumerate(same.values()):
+                values = [c[score] for c in group]
+                axis.bar(place + offset, np.mean(values), 0.38, color=shade, hatch=hatch,
+                         edgecolor="black", label=score if place == 0 else None)
+                axis.plot([place + offset] * len(values), values, "k.", markersize=5)
+        for place, group in enumerate(same.values()):
+            top = 3 + max(c["BZ"] for c in group)
+            axis.text(place + 0.2, top, f"{np.mean([c['Delta'] for c in group]):+.0f}", ha="center")
         axis.set_xticks(range(len(same)), [NAMES[o] for o in same])
         axis.set_title(transform)
-    axes[0][0].set_ylabel("POS accuracy, %")
-    axes[0][0].legend(loc="lower left")
+    axes[0][0].set_ylabel("POS accuracy, %, and Delta")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
 

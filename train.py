@@ -505,21 +505,15 @@ def run(
     refuse_other(folder / "settings.json", record)
     if (folder / "model" / "config.json").exists():
         return
-    with first_process_first():
-        corpus = prepare(source, s, folder.parent)
-        folder.mkdir(parents=True, exist_ok=True)
+    if RANK > 0:  # the first process makes the corpus, the others find it made
+        torch.distributed.barrier()
+    corpus = prepare(source, s, folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
         write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
+        if WORLD > 1:
+            torch.distributed.barrier()
     pretrain(corpus, s, folder, device, save_every, accumulate, compiled)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """Of several processes, the others wait until the first one has left the block."""
-    if RANK > 0:
-        torch.distributed.barrier()
-    yield
-    if RANK == 0 and WORLD > 1:
-        torch.distributed.barrier()
 
 
 def main() -> None:
