@@ -63,7 +63,7 @@ def sentences(draw, text=None):
     """Any words with any labels: the tree need not be projective, nor the entities well formed."""
     any_text = st.text(st.characters(exclude_categories=()), max_size=5)  # lone surrogates too
     if text is None:
-        text = st.sampled_from([".", "!", "a"]) | any_text
+        text = st.sampled_from([".", "!", "a", "\ud800"]) | any_text
     words = draw(st.lists(text, max_size=9))
     size = len(words)
     below = draw(st.permutations(range(size)))
@@ -242,6 +242,17 @@ def test_order_is_learned_and_applied():
 
 def test_an_unseen_pair_keeps_its_order():
     assert transform(RED_HOUSES, ["syntax"], order=sl.OrderModel())[0] == RED_HOUSES
+
+
+def test_names_head_rows_as_nouns_do():
+    old_paris = Sentence(["old", "Paris"], ["ADJ", "PROPN"], [2, 0], ["amod", "root"])
+    assert transform(old_paris, ["syntax"])[0].words == ["Paris", "old"]
+
+
+def test_punctuation_keeps_its_place():
+    first = Sentence([".", "fell"], ["PUNCT", "VERB"], [2, 0], ["punct", "root"])
+    order = sl.learn_order([first] * 9)
+    assert transform(RED_HOUSES, ["syntax"], order=order)[0] == RED_HOUSES
 
 
 def test_smoothing_falls_back_on_the_relation():
