@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -466,15 +465,6 @@ def test_same_seed_same_output_in_a_fresh_process():
     sentences = enumerate(generate(300, 9))
     here = [transform(s, sl.TRANSFORMS, seed=5, index=i)[0] for i, s in sentences]
     assert digests == {hashlib.sha256(repr(here).encode()).hexdigest()}
-
-
-def test_fifty_thousand_words_a_second():
-    rates = []
-    for seed in range(3):
-        start = time.process_time()
-        words = sum(len(sentence.words) for sentence in generate(3000, seed))
-        rates.append(words / (time.process_time() - start))
-    assert max(rates) > 50_000
 
 
 # ------------------------------------------------------------------------------- the readers
