@@ -212,6 +212,7 @@ def test_a_batch_is_half_original_half_derived_and_masked(objective):
         np.testing.assert_array_equal(array, getattr(again, name))
     other = train.make_batch(corpus, s, pairs, step=4)
     assert not np.array_equal(batch.tokens, other.tokens)
+    assert not np.array_equal(batch.masked, other.masked)
 
     half = 2 if objective == "xlm" else 4
     untouched = np.ones(batch.tokens.shape, bool)
@@ -260,16 +261,16 @@ class Killed(BaseException):
     """Nothing in train.py catches it, as nothing catches SIGKILL."""
 
 
-def kill_at_save(monkeypatch, number: int) -> None:
-    """The process dies right after it has saved for the number-th time."""
-    save, saves = train.save_checkpoint, itertools.count(1)
+def kill_before(monkeypatch, last: int) -> None:
+    """The process dies as it begins step number `last`, counted from 0."""
+    rate_at = train.rate_at
 
-    def save_and_die(*args):
-        save(*args)
-        if next(saves) == number:
+    def rate_or_death(step, s):
+        if step == last:
             raise Killed
+        return rate_at(step, s)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(train, "rate_at", rate_or_death)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -277,9 +278,9 @@ def test_a_run_killed_and_started_again_ends_with_the_same_bits(
     objective, root, reference, monkeypatch
 ):
     folder, s = root / f"killed-{objective}", tiny(objective=objective)
-    for _ in range(2):  # at steps 15 and 30
+    for last in (25, 42):  # saved at 15 and 30, and logged since
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at_save(patch, 1)
+            kill_before(patch, last)
             run(folder, s, save_every=15)
     assert not (folder / "model").exists()
     assert_same(run(folder, s, save_every=15), reference(objective))
@@ -319,7 +320,7 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 def test_real_processes_stopped_by_sigterm_and_by_sigkill_lose_nothing(root):
-    s = tiny(objective="dict", steps=600)
+    s = tiny(objective="dict", steps=400)
     folder = root / "stopped"
     process = start(folder, s)
     wait_for_step(process, folder, 20)
@@ -327,7 +328,7 @@ def test_real_processes_stopped_by_sigterm_and_by_sigkill_lose_nothing(root):
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and b"Traceback" not in errors
     saved = max(folder.glob("checkpoint-*"))  # at the very step that it was stopped at
-    assert int(re.findall(r"\d+", saved.name)[0]) == log_of(folder)[-1]["step"] < 600
+    assert int(re.findall(r"\d+", saved.name)[0]) == log_of(folder)[-1]["step"] < 400
 
     process = start(folder, s)
     wait_for_step(process, folder, log_of(folder)[-1]["step"] + 60)
@@ -336,7 +337,7 @@ def test_real_processes_stopped_by_sigterm_and_by_sigkill_lose_nothing(root):
     assert process.returncode == -signal.SIGKILL and not (folder / "model").exists()
     assert_same(run(folder, s), run(root / "never-stopped", s))
     steps = [line["step"] for line in log_of(folder)]
-    assert steps == sorted(set(steps)) and steps[-1] == 600
+    assert steps == sorted(set(steps)) and steps[-1] == 400
 
 
 def with_state(s: Settings, seed: int):
@@ -413,7 +414,7 @@ def test_a_full_disk_costs_no_checkpoint_and_is_one_line(root, reference, capfd,
     folder = root / "full"
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at_save(patch, 1)
+        kill_before(patch, 25)
         run(folder, tiny(), save_every=20)
     size = (folder / "checkpoint-00000020.safetensors").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
@@ -457,10 +458,10 @@ def test_a_step_without_finite_gradients_changes_nothing_and_is_counted(value, r
     folder, s = root / f"poisoned-{value}", tiny()
     poison(monkeypatch, range(40, 50), value)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at_save(patch, 2)
+        kill_before(patch, 45)
         run(folder, s, save_every=20)
     saved = load_file(max(folder.glob("checkpoint-*")))
-    poison(monkeypatch, range(50), value)  # steps are counted anew: all that are left
+    poison(monkeypatch, range(50), value)  # counted anew: all that are left
     model = run(folder, s)
     torch.testing.assert_close(model["lm_head.bias"], saved["head_bias"], atol=0, rtol=0)
     torch.testing.assert_close(
