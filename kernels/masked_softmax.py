@@ -43,7 +43,7 @@ except ImportError:  # no Triton for this platform (macOS): only the oracles are
 
 jit = triton.jit if triton else (lambda function: function)
 
-CPU_CHUNK = 24 << 20  # bytes of logits at a time: of less than 32 MiB malloc keeps the pages
+CPU_CHUNK = 64 << 20  # bytes of logits at a time: small batches are one, so threads meet seldom
 GPU_CHUNK = 512 << 20  # bytes of p at a time; half would cost 6 more passes of dweight, 0.5 ms
 REACH = 60.0  # of the logits without repair: sums of V exponentials and products with them fit, too
 SLIVER = 16  # columns of the narrowest product that tl.dot takes: p^T scale, for dbias
