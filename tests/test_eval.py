@@ -224,6 +224,7 @@ class Parrot(nn.Module):
         self.right, self.weight = right, nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens, language):
+        assert not self.training
         return nn.functional.one_hot(tokens * (language == self.right), 100).float()
 
 
@@ -252,6 +253,18 @@ def parity(rows: int, seed: int) -> Tagged:
         [np.array([UNTAGGED, *(row % 2), UNTAGGED]) for row in words],
         0,
     )
+
+
+def test_a_tagger_reads_padded_sentences_in_the_language_asked_for():
+    s = tiny(languages=2)
+    torch.manual_seed(0)
+    encoder = MaskedLM(s)
+    tagger = evaluation.Tagger(encoder, 3).eval()
+    tokens = torch.tensor([[BOS, 9, 8, EOS, PAD], [BOS, 7, 6, 5, EOS]])
+    for language in (0, 1):
+        tags = tagger(tokens, language)
+        alone = encoder.encode(tokens[:1, :4], torch.full((1, 4), language))
+        torch.testing.assert_close(tags[:1, :4], tagger.classifier(alone))
 
 
 @pytest.mark.parametrize("freeze", [False, True])
@@ -295,6 +308,23 @@ def test_from_text_to_scores_on_the_built_in_language(folder, few_sentences, mon
         assert 0 <= score <= 100
     assert cell["source"] > 15 and cell["BS"] > 15  # a guess has 6
     assert len(list(folder.glob("data-*"))) == 1  # the tokenised text is found again
+
+
+def test_zero_shot_is_trained_on_the_original_and_tested_on_the_derived(
+    folder, few_sentences, monkeypatch
+):
+    def fine_tune(model, data, tags, s):
+        assert len(data.tokens) == evaluation.TUNE_SENTENCES
+        return data.language
+
+    def accuracy(trained_on, data):
+        assert len(data.tokens) == evaluation.TEST_SENTENCES
+        return {(0, 0): 1.0, (0, 1): 2.0, (1, 1): 3.0}[trained_on, data.language]
+
+    monkeypatch.setattr(evaluation, "fine_tune", fine_tune)
+    monkeypatch.setattr(evaluation, "accuracy", accuracy)
+    cell = evaluation.pos(folder / "one", None, None, "cpu")
+    assert [cell[k] for k in ("source", "BZ", "BS", "Delta")] == [1, 2, 3, -1]
 
 
 def test_where_counterparts_are_alike_zero_shot_costs_nothing(
