@@ -315,13 +315,14 @@ def draw_delta(cells: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_alignment(cells: list[dict], path: Path) -> None:
+def draw_alignment(cells: list[dict], title: str, path: Path) -> None:
     """Delta against alignment, a mark a cell; the shape tells the objective."""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     for marker, (objective, name) in zip("os^D", NAMES.items(), strict=True):
         same = [c for c in cells if c["objective"] == objective]
         axis.plot([c["alignment"]["all"] for c in same], [c["Delta"] for c in same], marker,
                   label=name, markerfacecolor="none", markeredgecolor="black")  # fmt: skip
+    axis.set_title(title)
     axis.set_xlabel("alignment, % of the words")
     axis.set_ylabel("Delta = BZ - BS, points")
     axis.legend()
@@ -333,14 +334,13 @@ def report(folder: Path, out: Path) -> str:
     """results.json, report.md and two figures of all finished cells; returns the table."""
     cells = read_cells(folder)
     out.mkdir(parents=True, exist_ok=True)
-    text = table(cells)
     rho, p = correlation([c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells])
-    text += f"\nSpearman's rho of alignment and -Delta over the {len(cells)} cells: {rho:.3f}"
-    text += f" (p = {p:.2g}).\n"
+    found = f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, {len(cells)} cells)"
+    text = f"{table(cells)}\n{found}.\n"
     write_text(out / "results.json", json.dumps(cells, indent=2) + "\n")
     write_text(out / "report.md", text)
     draw_delta(cells, out / "delta.png")
-    draw_alignment(cells, out / "alignment.png")
+    draw_alignment(cells, found, out / "alignment.png")
     return text
 
 
