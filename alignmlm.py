@@ -31,7 +31,7 @@ from kernels import alignment_loss, masked_lm_loss
 
 OBJECTIVES = ("mlm", "xlm", "dict", "align")
 BOS, PAD, EOS, MASK = range(4)  # both languages share these
-SPECIALS = 4  # the first id of a word
+SPECIALS = 4  # the first id of a language's own: <unk>, then its sub-words
 
 LIMITS = {  # of a setting, both allowed; any other number is above 0
     "seed": (0, math.inf), "alpha": (0, math.inf), "weight_decay": (0, math.inf),

@@ -37,7 +37,7 @@ import synth_lang
 import train
 from alignmlm import BOS, EOS, OBJECTIVES, PAD, MaskedLM, Settings
 from alignmlm import alignment_score, from_hf, make_dictionary, preset, write_text
-from train import Languages, Source, make_optimizer, prepare
+from train import Languages, Source, make_optimizer, order_of, prepare
 
 SCORES = ("source", "BS", "BZ", "Delta")
 NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
@@ -177,7 +177,7 @@ def read_run(folder: Path) -> tuple[MaskedLM, Settings, Source, Languages]:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a run of train.py: {error}") from error
     model = from_hf(folder / "model", s)
-    return model, s, source, prepare(source, s, folder.parent).languages
+    return model, s, source, Languages(folder / "tokenizer.model", s, order_of(source))
 
 
 def read_tagged(path: str | None, sentences: int, seed: int) -> list[synth_lang.Sentence]:
@@ -198,7 +198,8 @@ def pos(folder: Path, training_file: str | None, test_file: str | None, device: 
     tags = sorted({tag for sentence in training for tag in sentence.upos})
     for sentence in test:
         for tag in set(sentence.upos) - set(tags):
-            raise ValueError(f"{test_file}: tag {tag!r} is never in {training_file}: take it out")
+            there = training_file or "the built-in language"
+            raise ValueError(f"{test_file}: tag {tag!r} is never in {there}: take it out")
 
     model.to(device)
     sets = [
@@ -286,7 +287,8 @@ def table(cells: list[dict]) -> str:
         row = [transform, NAMES[objective], str(len(same))]
         row += [spread([c[column] for c in same]) for column in SCORES]
         row += [spread([c["alignment"][over] for c in same]) for over in ("all", "outside")]
-        row += [str(v) for v in PUBLISHED.get((transform, objective), "---------")[4:7]]
+        published = PUBLISHED.get((transform, objective), ("-",) * len(PUBLISHED_COLUMNS))
+        row += [str(value) for value in published[PUBLISHED_COLUMNS.index("POS BS") :]]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -334,9 +336,12 @@ def report(folder: Path, out: Path) -> str:
     """results.json, report.md and two figures of all finished cells; returns the table."""
     cells = read_cells(folder)
     out.mkdir(parents=True, exist_ok=True)
-    rho, p = correlation([c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells])
-    found = f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, {len(cells)} cells)"
-    text = f"{table(cells)}\n{found}.\n"
+    text, found = table(cells), ""
+    if len(cells) > 2:
+        rho, p = correlation([c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells])
+        found = f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, "
+        found += f"{len(cells)} cells)"
+        text += f"\n{found}.\n"
     write_text(out / "results.json", json.dumps(cells, indent=2) + "\n")
     write_text(out / "report.md", text)
     draw_delta(cells, out / "delta.png")
@@ -347,33 +352,38 @@ def report(folder: Path, out: Path) -> str:
 # ---------------------------------------------------------------------------------------- grid
 
 
-def run_cell(folder: Path, s: Settings, source: Source, device: str, threads: int, tagged) -> dict:
+def run_cell(folder: Path, s: Settings, source: Source, device, threads, tagged, options) -> dict:
     """One cell from nothing to pos.json, in a process of its own."""
     torch.set_num_threads(threads)
-    train.run(folder, s, source, device)
+    train.run(folder, s, source, device, *options)
     return pos(folder, *tagged, device)
 
 
 def grid(args: argparse.Namespace) -> None:
     """Every objective under every transformation with every seed; finished cells are kept."""
     source, tagged = train.source_of(args), (args.train, args.test)
-    cells = {}
+    options = args.save_every, args.accumulate, args.compile
+    settings, cells = train.given_settings(args), {}
+    if one := {"objective", "transform", "seed"}.intersection(settings):
+        raise ValueError(f"--{min(one)}: a grid has --objectives, --transforms and --seeds")
     for transform, objective, seed in itertools.product(
         args.transforms, args.objectives, range(args.seeds)
     ):
         given = {"transform": transform, "objective": objective, "seed": seed}
-        s = preset(args.preset, **(train.given_settings(args) | given))
+        s = preset(args.preset, **(settings | given))
         cells[args.out / f"{transform}-{objective}-{seed}"] = s
+    for folder, s in cells.items():
+        train.refuse_other(folder / "settings.json", train.record_of(s, source))
     todo = {folder: s for folder, s in cells.items() if not (folder / "pos.json").exists()}
     for s in {s.transform: s for s in todo.values()}.values():
         prepare(source, s, args.out)  # once, before processes would do it side by side
     bar = tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell")
     os.environ["TQDM_DISABLE"] = "1"  # of the processes to come: this is the one progress bar
     context = multiprocessing.get_context("spawn")
-    threads = max(1, os.cpu_count() // args.jobs)
+    threads = args.threads or max(1, os.cpu_count() // args.jobs)
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
         running = [
-            pool.submit(run_cell, folder, s, source, args.device, threads, tagged)
+            pool.submit(run_cell, folder, s, source, args.device, threads, tagged, options)
             for folder, s in todo.items()
         ]
         for cell in map(Future.result, as_completed(running)):
@@ -391,7 +401,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("pos", help="fine-tune and test one run on POS tagging")
     one.add_argument("folder", type=Path, help="of a run of train.py")
-    one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_device(one)
     several = commands.add_parser("report", help="table and figures of finished runs")
     several.add_argument("folder", type=Path, help="that holds the runs' folders")
     every = commands.add_parser("grid", help="every objective, transformation and seed")

@@ -618,15 +618,18 @@ def main(arguments: list[str] | None = None) -> int:
     run = {"generate": _generate_files, "transform": _transform_file, "invert": _invert_file}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=run)
-    parser.add_argument("file", nargs="?", default="FILE", help="text, or X.conllu: a treebank")
-    parser.add_argument("-o", "--out", help="file (a folder for generate); default: FILE.COMMAND")
+    parser.add_argument("file", nargs="?", help="text, or X.conllu: a treebank")
+    parser.add_argument("-o", "--out", help="(FILE.COMMAND; of generate, a folder: language)")
     parser.add_argument("--transform", default="transliterate+invert", metavar="+".join(TRANSFORMS))
     parser.add_argument("--order", metavar="TREEBANK", help="of the language that syntax imitates")
     parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
     parser.add_argument("--seed", type=int, default=0, help="of generate and of permute")
     args = parser.parse_intermixed_args(arguments)
-    args.out = args.out or f"{args.file}.{args.command}"
+    generating = args.command == "generate"
+    args.out = args.out or ("language" if generating else f"{args.file}.{args.command}")
     try:
+        if args.sentences < 1 or not (generating or args.file):
+            raise InputError("give a file to transform or invert, or at least one --sentences")
         for path, parts in run[args.command](args).items():
             _write(path, parts)
     except InputError as error:

@@ -9,8 +9,8 @@ both. It is tokenised once, into a folder that all runs over the same text share
 holds settings.json, log.jsonl, the newest checkpoints, and at the end model/, which eval.py and
 transformers open. The same command again goes on from the last checkpoint.
 
-Everything random in step i is a function of (seed, i) alone. A checkpoint therefore needs no state
-of any generator, and neither where a run was stopped nor how many processes shared it shows.
+Everything random in step i is a function of (seed, i) alone, and of the process for dropout. A
+checkpoint therefore needs no state of any generator, and where a run was stopped does not show.
 """
 
 import argparse
@@ -162,20 +162,30 @@ class Corpus:
         return Corpus(languages, *(array.reshape(-1, s.positions) for array in arrays))
 
 
+def corpus_name(source: Source, s: Settings) -> str:
+    """The name of the corpus's folder, which changes with all that the corpus is made of."""
+    files = [Path(p).stat() for p in (*source.corpus, *source.treebank, source.order) if p]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in files]
+    names = synth_lang.parse_transform(s.transform)
+    text = (dataclasses.asdict(source), stamps, synth_lang.GRAMMAR, synth_lang.WORDS)
+    key = json.dumps((text, names, s.vocab_size, s.positions))
+    return f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def order_of(source: Source) -> synth_lang.OrderModel:
+    """The word order that `syntax` gives the derived language."""
+    if source.order:
+        return synth_lang.learn_order(synth_lang.read_conllu(source.order))
+    return synth_lang.SOV
+
+
 def prepare(source: Source, s: Settings, root: Path) -> Corpus:
     """The corpus of this text under this transformation, made on first use in a folder of root.
 
     The original language and the derived one come from different halves of the text. The folder
     appears whole or not at all, so several runs may start at once.
     """
-    names = synth_lang.parse_transform(s.transform)
-    files = [p for p in (*source.corpus, *source.treebank, source.order) if p]
-    stamps = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in files]
-    key = json.dumps((dataclasses.asdict(source), stamps, names, s.vocab_size, s.positions))
-    folder = root / f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    order = synth_lang.SOV
-    if source.order:
-        order = synth_lang.learn_order(synth_lang.read_conllu(source.order))
+    folder, order = root / corpus_name(source, s), order_of(source)
     if folder.exists():
         return Corpus.open(folder, s, order)
 
@@ -197,8 +207,9 @@ def prepare(source: Source, s: Settings, root: Path) -> Corpus:
                 derived.add(languages.encode(words, derived=True))
                 counterpart.add(ids)
         if not all([packer.close() for packer in (original, derived, counterpart)]):
+            text = ", ".join((*source.corpus, *source.treebank)) or "the built-in language"
             raise synth_lang.InputError(
-                f"{', '.join(files) or 'the built-in language'}: too little text for a sequence of "
+                f"{text}: too little text for a sequence of "
                 f"{s.positions} tokens in each half ({BLOCK} sentences in turn): give more"
             )
         with contextlib.suppress(OSError):  # another run has just made the same
@@ -254,7 +265,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def rate_at(step: int, s: Settings) -> float:
-    """Linear warm-up to the peak, then linear decay to zero at the last step."""
+    """Linear warm-up to the peak, then linear decay to zero; a run of fewer steps ends in it."""
     return s.rate * min((step + 1) / s.warmup, (s.steps - step) / max(1, s.steps - s.warmup))
 
 
@@ -429,6 +440,11 @@ def pretrain(
 # ------------------------------------------------------------------------------------- command
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=devices, default=devices[0], help="(%(default)s)")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Text, machine, --preset, and one option for every setting, to change it."""
     parser.add_argument("--corpus", nargs="*", default=[], metavar="TEXT", help="plain text")
@@ -436,8 +452,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", metavar="CONLLU", help="`syntax` takes its word order from this")
     parser.add_argument("--sentences", type=int, default=Source.sentences,
                         help="of the built-in language (%(default)s)")  # fmt: skip
-    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    parser.add_argument("--device", choices=devices, default=devices[0])
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--accumulate", type=int, default=1, help="slices of a batch (%(default)s)")
     parser.add_argument("--save-every", type=int, default=1000, help="steps (%(default)s)")
@@ -462,13 +477,23 @@ def given_settings(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def record_of(s: Settings, source: Source) -> dict:
+    """What settings.json holds."""
+    return {
+        "settings": dataclasses.asdict(s),
+        "source": dataclasses.asdict(source),
+        "corpus": {"name": corpus_name(source, s)},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+
+
 def refuse_other(path: Path, record: dict) -> None:
     """A folder's settings stay what they were: ValueError with those that now differ."""
     if not path.exists():
         return
     try:
         there = json.loads(path.read_text())
-        thens = {part: dict(there[part]) for part in ("settings", "source")}
+        thens = {part: dict(there[part]) for part in ("settings", "source", "corpus")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}): use a new folder") from error
     for part, then in thens.items():
@@ -495,13 +520,11 @@ def run(
     save_every: int = 1000, accumulate: int = 1, compiled: bool = False,
 ) -> None:  # fmt: skip
     """Everything from the text to folder/model, or as much of it as is still to be done."""
+    if min(save_every, accumulate) < 1:
+        raise ValueError("--save-every and --accumulate must be at least 1")
     if s.batch % (WORLD * accumulate):
         raise ValueError(f"batch {s.batch} cannot be cut into {WORLD * accumulate} equal slices")
-    record = {
-        "settings": dataclasses.asdict(s),
-        "source": dataclasses.asdict(source),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-    }
+    record = record_of(s, source)
     refuse_other(folder / "settings.json", record)
     if (folder / "model" / "config.json").exists():
         return
@@ -510,6 +533,9 @@ def run(
     corpus = prepare(source, s, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
+        if not (folder / "tokenizer.model").exists():  # a second name for the corpus's, for eval.py
+            os.link(folder.parent / corpus_name(source, s) / "tokenizer.model",
+                    folder / "tokenizer.model")  # fmt: skip
         write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
         if WORLD > 1:
             torch.distributed.barrier()

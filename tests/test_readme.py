@@ -14,7 +14,7 @@ def test_the_table_is_the_one_that_the_report_wrote():
 
 def test_every_file_of_the_map_has_about_as_many_lines_as_it_says():
     rows = re.findall(r"^\| \[([\w/]+\.py)\].*?\| (\d+) \|", README, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for name, lines in rows:
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 20, name
 
