@@ -306,9 +306,9 @@ def arguments(folder: Path, s: Settings, *more) -> list[str]:
     return [str(x) for x in (folder, *options, *given, *more)]
 
 
-def start(folder: Path, s: Settings) -> subprocess.Popen:
+def start(folder: Path, s: Settings, save_every: int) -> subprocess.Popen:
     command = [sys.executable, CODE / "train.py", *arguments(folder, s, "--threads", 1)]
-    return subprocess.Popen([*command, "--save-every", "20"], stderr=subprocess.PIPE)
+    return subprocess.Popen([*command, "--save-every", str(save_every)], stderr=subprocess.PIPE)
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -322,15 +322,15 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
 def test_real_processes_stopped_by_sigterm_and_by_sigkill_lose_nothing(root):
     s = tiny(objective="dict", steps=400)
     folder = root / "stopped"
-    process = start(folder, s)
+    process = start(folder, s, save_every=1000)  # so that only the signal can have saved it
     wait_for_step(process, folder, 20)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and b"Traceback" not in errors
-    saved = max(folder.glob("checkpoint-*"))  # at the very step that it was stopped at
+    (saved,) = folder.glob("checkpoint-*")  # at the very step that it was stopped at
     assert int(re.findall(r"\d+", saved.name)[0]) == log_of(folder)[-1]["step"] < 400
 
-    process = start(folder, s)
+    process = start(folder, s, save_every=20)
     wait_for_step(process, folder, log_of(folder)[-1]["step"] + 60)
     process.kill()
     process.communicate()
@@ -518,7 +518,8 @@ def test_two_processes_train_as_one_does(root, tmp_path):
     code = SHARED.format(paths=[str(CODE), str(Path(__file__).parent)], folder=str(tmp_path))
     (tmp_path / "shared.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, tmp_path / "shared.py"], capture_output=True, text=True)
+    command.append(tmp_path / "shared.py")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for objective in OBJECTIVES:
         one = run(root / f"slices-1-{objective}", unclipped(objective))
