@@ -42,7 +42,7 @@ LIMITS = {  # of a setting, both allowed; any other number is above 0
 
 @dataclass(frozen=True)
 class Settings:
-    """One experiment. The defaults are the paper's (its section 4 and appendix)."""
+    """One experiment. The defaults are the paper's."""
 
     objective: str = "align"
     transform: str = "transliterate+invert"
@@ -131,7 +131,7 @@ def preset(name: str, **changes) -> Settings:
 def make_dictionary(s: Settings) -> np.ndarray:
     """D: a random share of the original language's words, each with its counterpart.
 
-    Returns (K, 2) int64, ascending. Source: ALIGN-MLM, section 3.
+    Returns (K, 2) int64, ascending. Source: the paper.
     """
     words = np.arange(SPECIALS, s.pieces)
     rng = np.random.default_rng([s.seed, 0xD1C7])
@@ -180,7 +180,7 @@ def mask_tokens(tokens: np.ndarray, s: Settings, rng: np.random.Generator):
 
 
 def pair_translations(original: np.ndarray, derived: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Translation language modelling's input (XLM, section 3.3). Both: (B, T / 2) int64.
+    """Translation language modelling's input (XLM, section 3.4). Both: (B, T / 2) int64.
 
     Returns tokens, languages and positions, each (B, T): counterparts side by side, the second's
     positions starting again from zero.
@@ -197,7 +197,7 @@ def ask_translations(
     """DICT-MLM, in place: half of the masked tokens in D are to be predicted in translation.
 
     The language embedding at such a place becomes that of the language asked for: the only sign of
-    what is wanted. This is the definition of Chaudhary et al. 2020 (section 3), where the *label*
+    what is wanted. This is the definition of Chaudhary et al. 2020, where the *label*
     is translated. The ALIGN-MLM authors' code translates the *input* and keeps the label; the
     definition is kept here, because the method that was published is what we compare with.
     """
@@ -315,7 +315,7 @@ class MaskedLM(nn.Module):
 
         L_MLM is the mean cross entropy over the masked tokens, the only ones that reach the head.
         MLM, XLM and DICT-MLM are L_MLM of batches made differently (`mask_tokens`,
-        `pair_translations`, `ask_translations`). ALIGN-MLM, equation 2 of its paper, is
+        `pair_translations`, `ask_translations`). ALIGN-MLM is
         L_MLM + alpha * L_align over the whole of D: dictionary (K, 2) int64, used by it alone.
         """
         hidden = self.encode(batch.tokens, batch.languages, batch.positions)
@@ -336,7 +336,7 @@ def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]
 
     Nearest by cosine among all derived words. Over "all" words and over those "outside" the
     dictionary (NaN if there are none). With two language embeddings each side has its own added
-    first, as the paper does for XLM (section 4.2). dictionary: (K, 2) int64.
+    first, as the paper does for XLM. dictionary: (K, 2) int64.
     """
     pieces, shift = model.settings.pieces, model.settings.shift
     weight = model.word_embeddings.weight.float()

@@ -4,7 +4,7 @@
     python eval.py grid --out runs/tiny             every objective and seed, then the report
     python eval.py report runs/tiny                 table, figures and results.json of those runs
 
-The measures are the paper's (its section 4.2). BZ, bilingual zero-shot: fine-tuned on the original
+The measures are the paper's. BZ, bilingual zero-shot: fine-tuned on the original
 language, tested on the derived one. BS, bilingual supervised: fine-tuned and tested on the derived
 one. Delta = BZ - BS is what zero-shot costs. "source": fine-tuned and tested on the original.
 """
@@ -44,7 +44,7 @@ NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
 TUNE_SENTENCES = 6_000  # of the built-in language
 TEST_SENTENCES = 1_000
 
-# The paper's Table 2, English: (transformation, objective) -> BS and BZ of NLI (accuracy), of NER
+# The paper's numbers, English: (transformation, objective) -> BS and BZ of NLI (accuracy), of NER
 # (entity F1) and of POS (F1), then alignment; all in percent.
 PUBLISHED_COLUMNS = ("NLI BS", "NLI BZ", "NER BS", "NER BZ", "POS BS", "POS BZ", "alignment")
 PUBLISHED = {
