@@ -17,13 +17,14 @@ import json
 import random
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate, chain, combinations, count, pairwise, permutations
 from pathlib import Path
-from types import SimpleNamespace as Node
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -42,6 +43,26 @@ class Sentence:
     deprels: list[str] | None = None  # relations of Universal Dependencies
     entities: list[str] | None = None  # BIO tags: `B-PER`, `I-PER`, `O`
     spans: list[tuple[int, int]] = field(default_factory=list)  # answers: 0-based, half-open
+
+
+INFERENCES = ("entailment", "neutral", "contradiction")
+
+
+@dataclass(slots=True)
+class Inference:
+    """Two sentences, and which of INFERENCES holds: the premise entails the hypothesis, or..."""
+
+    premise: Sentence
+    hypothesis: Sentence
+    label: str
+
+
+@dataclass(slots=True)
+class Question:
+    """A question and the text that it is asked of: the `spans` of its sentences are the answers."""
+
+    question: Sentence
+    context: list[Sentence]
 
 
 # ---------------------------------------------------------------------------------- the language
@@ -188,20 +209,30 @@ def _word(leaf: str, topic: int, rank: int) -> tuple[list[str], int]:
     return [stem + ending.strip("-") for ending in endings], rng.randrange(1000)
 
 
+class Node(SimpleNamespace):
+    """A word of a phrase in the making, and what is known of it."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # each is itself
+
+
+ABOVE = Node(position=0, upos="", number=0, depth=0)  # the root's head
+
+
 def _top(random, topic: int, leaf: str, deprel: str, head: Node) -> Node:
     """The word at the top of a phrase. Its form is chosen when its dependents are known."""
     plural = random() < 0.35 and deprel != "compound"
     if leaf == "who" or deprel in ("det", "aux", "cop", "acl:relcl"):
         plural = head.plural  # agreement
     word, _, upos = leaf.partition("/")
-    forms, number = [word], 0
+    forms, number, rank = [word], 0, 0
     if not upos:
         upos, size, *lists = _language()[2][leaf]
         rank = int(((size or len(lists[plural])) + 1) ** random()) - 1  # Zipf: about 1 / (rank + 1)
         if size:
             rank += head.number if random() < 0.6 else 0  # the head's favourites come first
             topic = topic if random() < 0.85 else int(random() * TOPICS)
-            forms, number = _word(leaf, topic, rank % size)
+            rank %= size
+            forms, number = _word(leaf, topic, rank)
         else:
             forms = [lists[plural][rank]]
     if leaf in ENDING and head.upos == "VERB":
@@ -209,7 +240,7 @@ def _top(random, topic: int, leaf: str, deprel: str, head: Node) -> Node:
     form = {"NOUN": None, "VERB": None if random() < 0.55 else 2}.get(upos, 0)  # None: by number
     return Node(forms=forms, form=form, upos=upos, deprel=deprel, head=head, number=number,
                 plural=plural and upos != "PROPN", depth=head.depth + (deprel in RECURSIVE),
-                entity="O")  # fmt: skip
+                entity="O", leaf=leaf, topic=topic, rank=rank)  # fmt: skip
 
 
 def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[Node]:
@@ -244,49 +275,202 @@ def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[
     return nodes
 
 
+def _sentence(nodes: list[Node]) -> Sentence:
+    for position, node in enumerate(nodes, start=1):
+        node.position = position
+    rows = [(n.forms[n.form], n.upos, n.head.position, n.deprel, n.entity) for n in nodes]
+    return Sentence(*map(list, zip(*rows, strict=True)))
+
+
 def generate(n: int, seed: int = 0) -> Iterator[Sentence]:
     """`n` random sentences of the built-in language: words, tags, trees, entities.
 
     The same (n, seed) gives the same in any process; another seed, others of the same language.
     """
     uniform = random.Random(seed).random
-    above = Node(position=0, upos="", number=0, depth=0)  # the root's head
     for _ in range(n):
         topic = int(TOPICS * uniform() ** 2)  # some are more frequent than others
-        nodes = _phrase(uniform, topic, _language()[0]["sentence"], "root", above)
-        for position, node in enumerate(nodes, start=1):
-            node.position = position
-        rows = [(n.forms[n.form], n.upos, n.head.position, n.deprel, n.entity) for n in nodes]
-        yield Sentence(*map(list, zip(*rows, strict=True)))
+        yield _sentence(_phrase(uniform, topic, _language()[0]["sentence"], "root", ABOVE))
+
+
+# ---------------------------------------------------------------------- inferences and questions
+# Premise and hypothesis tell of the same things and of one event. What a noun's modifiers say is a
+# fact of its own, out of the reach of `not`: so only nouns are made more or less precise, and what
+# that does to the label is the same with a `not` and without. Rank 0 of the nouns of a class and
+# topic is the general word for the others; adjectives of ranks 2k and 2k + 1 are opposites. Where
+# scope would matter no sentence is taken: several clauses, quantifiers, "may" (it may, it may not).
+CLAUSE = [[verb, "subject", "tense", "adverbials", "end"] for verb in ("affect", "give")]
+WIDE = "no not never every each all any some someone many another one one's nothing may might could"
+MODIFIERS = [("amod", ["adjective"]), ("amod", ["participle"]), ("nmod", ["setting", "case"])]
+
+
+def _plain(nodes: list[Node]) -> bool:
+    words, clauses = {node.forms[node.form] for node in nodes}, RECURSIVE - {"nmod"}
+    return words.isdisjoint(WIDE.split()) and clauses.isdisjoint(n.deprel for n in nodes)
+
+
+def _topics(nodes: list[Node]) -> list[tuple]:
+    """What is spoken of: phrases that share none of it neither imply nor exclude each other."""
+    spoken = [n for n in nodes if n.upos in ("NOUN", "PROPN", "PRON", "NUM", "SYM", "ADJ")]
+    return [(n.leaf, n.topic, n.upos == "ADJ" and n.rank // 2) for n in spoken]
+
+
+def _below(nodes: list[Node], top: Node) -> list[Node]:
+    """The phrase of `top`: one piece, as trees are projective."""
+
+    def path(node):
+        while node is not ABOVE:
+            yield node
+            node = node.head
+
+    return [node for node in nodes if top in path(node)]
+
+
+def _rename(node: Node, rank: int) -> None:
+    node.rank, (node.forms, node.number) = rank, _word(node.leaf, node.topic, rank)
+
+
+def _toggle(rng, nodes: list[Node], negation: Node) -> None:
+    if negation in nodes:
+        nodes.remove(negation)
+    else:
+        nodes.insert(nodes.index(negation.head) + (rng.random() < 1 / 3), negation)  # as in GRAMMAR
+
+
+def _swap(nodes: list[Node], subject: Node, target: Node) -> None:
+    one, other = _below(nodes, subject), _below(nodes, target)
+    start, end = nodes.index(one[0]), nodes.index(other[-1]) + 1
+    nodes[start:end] = [*other, *nodes[start + len(one) : end - len(other)], *one]
+    subject.deprel, target.deprel = target.deprel, subject.deprel
+
+
+def _move(rng, nodes: list[Node], modifier: list[Node], noun: Node | None = None) -> None:
+    """Takes a modifier away; to the noun, if there is one."""
+    nodes[:] = [node for node in nodes if node not in modifier]
+    if noun:
+        top = next(node for node in modifier if node.head not in modifier)
+        at = nodes.index(noun) + (top.deprel == "nmod" or rng.random() < 1 / 3)  # as in GRAMMAR
+        top.head, nodes[at:at] = noun, modifier
+
+
+def _add(rng, nodes: list[Node], nouns: list[Node], spoken: list[tuple], room: int) -> None:
+    """Adds a modifier of at most `room` words that speaks of something new; or draws in vain."""
+    noun, (deprel, what) = rng.choice(nouns), rng.choice(MODIFIERS)
+    modifier = _phrase(rng.random, noun.topic, [what], deprel, noun)
+    if len(modifier) <= room and _plain(modifier) and {*spoken}.isdisjoint(_topics(modifier)):
+        _move(rng, nodes, modifier, noun)
+        spoken += _topics(modifier)
+
+
+def generate_inferences(n: int, seed: int = 0) -> Iterator[Inference]:
+    """`n` random pairs of sentences of the built-in language, as many of each of INFERENCES.
+
+    The hypothesis comes first and knows nothing of the label. The premise is made of it by an edit
+    that decides the label, and by others that do not: it becomes more precise, to a length that
+    knows nothing of the label either.
+    """
+    rng, labels = random.Random(f"inference {seed}"), []
+    while n > 0:
+        nodes = _phrase(rng.random, int(TOPICS * rng.random() ** 2), CLAUSE, "root", ABOVE)
+        verb = next(node for node in nodes if node.head is ABOVE)
+        nouns, spoken = [n for n in nodes if n.head is verb and n.upos == "NOUN"], _topics(nodes)
+        if len(nouns) < 2 or nodes[-1].forms == ["?"] or not _plain(nodes):
+            continue
+        _add(rng, nodes, nouns, spoken, room=2)
+        general, *specific = rng.sample(nouns, len(nouns))
+        _rename(general, 0)
+        for noun in specific:
+            _rename(noun, noun.rank or 1)
+        (negation,) = _phrase(rng.random, 0, [["not/PART"]], "advmod", verb)
+        if rng.random() < 0.5:  # as many with it as without
+            _toggle(rng, nodes, negation)
+        tops = [n for n in nodes if n.head in nouns and n.deprel in ("amod", "nmod")]
+        told = _topics(nouns + tops)  # of nothing twice: no "red white X", no "animal and dog"
+        if not tops or len({*told}) < len(told) or len(nodes) > 12:
+            continue
+        top, heads = rng.choice(tops), {node.head for node in nodes}
+        modifier, others = _below(nodes, top), [noun for noun in nouns if noun is not top.head]
+        core = [n for n in nodes if n is verb or (n in nouns and n.deprel in ("nsubj", "obj"))]
+        ways = {
+            "entailment": [(_add, rng, nodes, nouns, spoken, 1)],
+            "neutral": [(_rename, rng.choice(specific), 0)]
+            + [(_move, rng, nodes, modifier, noun) for noun in (None, rng.choice(others))],
+            "contradiction": [(_toggle, rng, nodes, negation)]
+            + [(_rename, top, top.rank ^ 1)] * (top.leaf == "adjective" and top not in heads),
+        }
+        told = [n.deprel for n in core] == ["nsubj", "root", "obj"]  # by order: who did it to whom
+        if told and core[0].plural == core[2].plural and negation not in nodes:
+            ways["contradiction"].append((_swap, nodes, core[0], core[2]))
+        hypothesis = _sentence(nodes)
+        labels = labels or rng.sample(INFERENCES, 3)
+        way, *arguments = rng.choice(ways[label := labels.pop()])
+        way(*arguments)
+        if rng.random() < 0.5:
+            _rename(general, rng.randrange(1, _language()[2][general.leaf][1]))
+        spoken += _topics(nodes)
+        size = len(hypothesis.words) + rng.randint(1, 3)
+        while len(nodes) < size:
+            _add(rng, nodes, nouns, spoken, size - len(nodes))
+        yield Inference(_sentence(nodes), hypothesis, label)
+        n -= 1
+
+
+def generate_questions(n: int, seed: int = 0) -> Iterator[Question]:
+    """`n` random questions of the built-in language, each of three sentences on one topic: one of
+    them with a phrase of its verb replaced by "who" or "which". No other sentence has that verb."""
+    rng, sentence = random.Random(f"question {seed}"), _language()[0]["sentence"]
+    while n > 0:
+        topic = int(TOPICS * rng.random() ** 2)
+        rows = [_phrase(rng.random, topic, sentence, "root", ABOVE) for _ in range(3)]
+        nodes = rng.choice(rows)
+        others = {node.forms[node.form] for row in rows if row is not nodes for node in row}
+        verb = next(node for node in nodes if node.head is ABOVE)
+        tops = [n for n in nodes if n.head is verb and n.deprel in ("nsubj", "obj", "obl")]
+        top = rng.choice([n for n in tops if n.upos in ("NOUN", "PROPN")] or [verb])
+        answer = _below(nodes, top)
+        told = verb.upos == "VERB" and nodes[-1].forms != ["?"] and others.isdisjoint(verb.forms)
+        if top is verb or not told or len(answer) > 5 or sum(map(len, rows)) > 40:
+            continue
+        context, start = [*map(_sentence, rows)], nodes.index(answer[0])
+        context[rows.index(nodes)].spans = [(start, start + len(answer))]
+        top.forms = ["who" if top.leaf in ("person", "PER") else "which"]
+        top.form, top.upos, top.entity = 0, "PRON", "O"
+        nodes[-1].forms = ["?"]
+        kept = [node for node in nodes if node is top or node not in answer]
+        yield Question(_sentence(kept), context)
+        n -= 1
 
 
 # ----------------------------------------------------------------------------------- the readers
 # A file is read in pieces: a sentence, and the text before, between and after what is read of it.
 WORD = re.compile(r"((?:Mr|Mrs|Ms|Dr|St)\.|\w+(?:['\u2019-]\w+|[.,]\d+)*|\.{2,}|-{2,}|[^\w\s])")
 SENTENCE = re.compile(  # up to a '.', '!' or '?', white space and no lower case; or to a line's end
-    r".+?(?<!\bMr|\bMs|\bDr|\bSt)(?<!\bMrs)[.!?]+[\"'\u201d\u2019)»]*\s+(?![a-z\s])|.*\n|.+"
+    r".+?(?<!\bMr|\bMs|\bDr|\bSt)(?<!\bMrs)[.!?]++[\"'\u201d\u2019)»]*+\s++(?![a-z])|.*\n|.+"
 )
 BIO_TAG = re.compile(r"O|[BI]-\S+")
 
 
 def _blocks(path, comment="\n") -> Iterator[list[tuple[str, str]]]:
-    """A UTF-8 file in blocks that end with a blank line: (place, line with its end)."""
+    """A UTF-8 file, read bit by bit, in blocks: (place, line with its end). A block ends with a
+    blank line; in plain text, which has no comments, also where the next line is not indented."""
+    block, empty = [], True
     try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-8")
+        with open(path, "rb") as file:  # in bytes: str.splitlines would split at U+2028 too
+            for number, data in enumerate(file, start=1):
+                line = data.decode("utf-8")
+                flush = comment == "\n" and not line[0].isspace()
+                if block and (flush or not block[-1][1].strip()):
+                    yield block
+                    block = []
+                block.append((f"{path}:{number}", line))
+                empty = empty and (line.startswith(comment) or not line.strip())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: bytes that are not UTF-8; convert the file") from None
-    lines, block = re.findall(r".*\n|.+", text), []  # str.splitlines would split at U+2028 too
-    if all(line.startswith(comment) or not line.strip() for line in lines):
+    except UnicodeDecodeError:
+        message = f"{path}:{number}: bytes that are not UTF-8; convert the file"
+        raise InputError(message) from None
+    if empty:
         raise InputError(f"{path}: empty; give a file with at least one sentence")
-    for number, line in enumerate(lines, start=1):
-        block.append((f"{path}:{number}", line))
-        if not line.strip():
-            yield block
-            block = []
     yield block
 
 
@@ -359,6 +543,83 @@ def read_bio(path) -> Iterator[Sentence]:
             yield Sentence(words, entities=_move_entities(tags, range(len(tags))))
 
 
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+# A pair's columns in MNLI and XNLI; in XNLI's training data, which was translated by machine.
+PAIRS = ("sentence1", "sentence2", "gold_label"), ("premise", "hypo", "label")
+
+
+def _json(text: str):
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    return value
+
+
+def read_inferences(path) -> Iterator[Inference]:
+    """The English pairs of a file of MNLI or XNLI: tab-separated with a header, quotes being text,
+    or a JSON object a line. Those without a gold label (`-`) are left out. Raises InputError."""
+    header, some = None, False
+    for place, line in chain.from_iterable(_blocks(path)):
+        cells = line.rstrip("\r\n").split("\t")
+        if not line.strip():
+            continue
+        if header is None:
+            header = [] if line[0] == "{" else cells
+        if header and len(cells) != len(header):
+            raise InputError(f"{place}: {len(cells)} columns; the header has {len(header)}")
+        try:
+            row = dict(zip(header, cells, strict=True)) if header else _json(line)
+            names = PAIRS["sentence1" not in row]
+            premise, hypothesis = (Sentence(WORD.findall(row[name])) for name in names[:2])
+            label, language = row[names[2]], row.get("language", "en")
+        except MALFORMED:
+            message = f"{place}: no {', '.join(PAIRS[0])}; give MNLI or XNLI as published"
+            raise InputError(message) from None
+        if cells == header or label == "-" or language != "en":
+            continue
+        label = "contradiction" if label == "contradictory" else label
+        if label not in INFERENCES:
+            raise InputError(f"{place}: label {label!r}; give {', '.join(INFERENCES)} or -")
+        if not (premise.words and hypothesis.words):
+            raise InputError(f"{place}: a sentence without words; mend or remove the line")
+        yield Inference(premise, hypothesis, label)
+        some = True
+    if not some:
+        raise InputError(f"{path}: empty; give a file with at least one labelled pair in English")
+
+
+def read_questions(path) -> Iterator[Question]:
+    """The questions of a file of SQuAD or XQuAD that have an answer: all words that it touches; no
+    sentence of the context ends within it. Raises InputError."""
+    text, last = "".join(line for _, line in chain.from_iterable(_blocks(path))), None
+    try:
+        for paragraph in chain(*(article["paragraphs"] for article in _json(text)["data"])):
+            context = paragraph["context"]
+            words, places = WORD.findall(context), [m.span() for m in WORD.finditer(context)]
+            starts, ends = [start for start, _ in places], [end for _, end in places]
+            cuts = {bisect_left(starts, match.end()) for match in SENTENCE.finditer(context)}
+            for asked in paragraph["qas"]:
+                last, question, spans = asked["id"], WORD.findall(asked["question"]), {}
+                if asked.get("is_impossible") is True:
+                    continue
+                for at, answer in ((a["answer_start"], a["text"]) for a in asked["answers"]):
+                    if at < 0 or not answer.strip() or not context.startswith(answer, at):
+                        raise InputError(f"{path}: question {last!r}: {answer!r} is not at {at} of "
+                                         "its context; give the file as published")  # fmt: skip
+                    spans[bisect_right(ends, at), bisect_left(starts, at + len(answer))] = None
+                if not (question and spans):
+                    raise InputError(f"{path}: question {last!r}: no words or no answer; remove it")
+                inside = {cut for cut in cuts for start, end in spans if start < cut < end}
+                yield Question(Sentence(question), [
+                    Sentence(words[a:b], spans=[(i - a, j - a) for i, j in spans if a <= i < b])
+                    for a, b in pairwise(sorted({0, len(words), *cuts} - inside))
+                ])  # fmt: skip
+    except MALFORMED as error:
+        message = f"{path}: no SQuAD, after question {last!r}; give the file as published"
+        raise error if isinstance(error, InputError) else InputError(message) from None
+    if last is None:
+        raise InputError(f"{path}: empty; give a file with at least one question")
+
+
 # --------------------------------------------------------------------------- the transformations
 TRANSFORMS = ("transliterate", "invert", "permute", "syntax")
 
@@ -380,11 +641,6 @@ def transliterate_word(word: str, back: bool = False) -> str:
         return bytes([ord(char) - 0x2800 for char in word]).decode("utf-8", "surrogatepass")
     except ValueError:
         raise InputError(f"{word!r} is no transliterated word; give a derived text") from None
-
-
-def transliterate_ids(ids, vocab_size: int, specials: int):
-    """An array of token ids: i becomes i + vocab_size, the first `specials` ids excepted."""
-    return ids + vocab_size * (ids >= specials)
 
 
 def _tree(heads: list[int]) -> tuple[list[list[int]], list[int]]:
@@ -581,7 +837,7 @@ def _invert_file(args) -> dict[str, list[str]]:
     """The file that `transform` was given, byte for byte."""
     undo = f"{args.file}.undo"
     try:
-        treebank, *pieces = [json.loads(line) for _, line in chain(*_blocks(undo))]
+        treebank, *pieces = [_json(line) for _, line in chain(*_blocks(undo))]
         texts = (Sentence(line[:-1].split(" ")) for _, line in chain(*_blocks(args.file)))
         sentences = read_conllu(args.file) if treebank else texts
         original = []
@@ -593,7 +849,8 @@ def _invert_file(args) -> dict[str, list[str]]:
             original += chain(*zip(rest, [*cells, ""], strict=True))
         if next(sentences, None):
             raise IndexError
-    except (StopIteration, IndexError, TypeError, ValueError) as error:
+        "".join(original)  # a TypeError if there is other than text
+    except (StopIteration, IndexError, *MALFORMED) as error:
         message = f"{undo}: does not fit {args.file}; run transform again"
         raise error if isinstance(error, InputError) else InputError(message) from None
     return {args.out: original}

@@ -3,10 +3,12 @@
 
 import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -206,11 +208,6 @@ def test_transliteration_is_a_bijection_onto_a_printable_script(one, other):
 def test_what_is_no_transliteration_is_refused(word):
     with pytest.raises(InputError, match="no transliterated word"):
         sl.transliterate_word(word, back=True)
-
-
-def test_ids_shift_but_for_the_specials():
-    ids = np.array([[0, 1, 2, 3], [4, 99, 3, 0]])
-    assert sl.transliterate_ids(ids, 100, 3).tolist() == [[0, 1, 2, 103], [104, 199, 103, 0]]
 
 
 def test_names_are_checked():
@@ -467,6 +464,215 @@ def test_same_seed_same_output_in_a_fresh_process():
     assert digests == {hashlib.sha256(repr(here).encode()).hexdigest()}
 
 
+# -------------------------------------------------------------------- inferences and questions
+
+
+@cache
+def inferences() -> list[sl.Inference]:
+    return list(sl.generate_inferences(8001, seed=1))  # slow: made once
+
+
+@cache
+def questions() -> list[sl.Question]:
+    return list(sl.generate_questions(500, seed=1))
+
+
+def every_sentence() -> list[Sentence]:
+    pairs = [s for pair in inferences()[:600] for s in (pair.premise, pair.hypothesis)]
+    return pairs + [s for q in questions() for s in (q.question, *q.context)]
+
+
+def test_sentences_of_inferences_and_questions_are_valid():
+    for s in every_sentence():
+        assert is_tree(s.heads) and is_projective(s.heads) and is_bio(s.entities)
+        assert set(s.upos) <= UPOS and s.words[-1] in {".", "!", "?"}
+        assert [relation == "root" for relation in s.deprels] == [head == 0 for head in s.heads]
+        assert s.deprels.count("nsubj") <= s.upos.count("VERB") + s.upos.count("ADJ")
+    for pair in inferences():
+        assert len(pair.premise.words) + len(pair.hypothesis.words) <= 28
+        assert "?" not in pair.premise.words + pair.hypothesis.words
+
+
+@pytest.mark.parametrize("name", [*sl.TRANSFORMS, "syntax+permute+transliterate+invert"])
+def test_inferences_and_questions_come_back(name):
+    for index, sentence in enumerate(every_sentence()):
+        derived, steps = transform(sentence, [name], seed=2, index=index)
+        assert invert(derived, steps) == sentence
+        for (start, end), (low, high) in zip(sentence.spans, derived.spans, strict=True):
+            answer = Counter(sentence.words[start:end])
+            if "transliterate" in name:
+                answer = Counter(map(sl.transliterate_word, answer.elements()))
+            found = Counter(derived.words[low:high])
+            # a phrase stays in one piece but where words are strewn
+            assert found >= answer if "permute" in name else found == answer
+
+
+def test_same_seed_same_pairs():
+    assert list(sl.generate_inferences(50, seed=1)) == inferences()[:50]
+    assert list(sl.generate_questions(20, seed=1)) == questions()[:20]
+    assert list(sl.generate_inferences(20, seed=2)) != inferences()[:20]
+    assert list(sl.generate_inferences(0)) == list(sl.generate_questions(0)) == []
+
+
+def test_labels_are_balanced_and_lengths_do_not_tell_them():
+    labels = Counter(pair.label for pair in inferences())
+    assert labels == dict.fromkeys(sl.INFERENCES, 2667)
+    more = defaultdict(Counter)
+    for pair in inferences():
+        more[pair.label][len(pair.premise.words) - len(pair.hypothesis.words)] += 1
+    for lengths in more.values():
+        assert set(lengths) == {1, 2, 3} and all(800 < number < 980 for number in lengths.values())
+
+
+@cache
+def ranks() -> dict[str, set[tuple[str, int, int]]]:
+    """Of each form of a noun or an adjective: class, topic, rank."""
+    known = defaultdict(set)
+    for leaf in ("person", "thing", "place", "idea", "adjective"):
+        for topic in range(sl.TOPICS):
+            for rank in range(sl._language()[2][leaf][1]):
+                for form in sl._word(leaf, topic, rank)[0]:
+                    known[form].add((leaf, topic, rank))
+    return known
+
+
+def related(one: str, other: str, relation) -> bool:
+    pairs = itertools.product(ranks()[one], ranks()[other])
+    return any(a[:2] == b[:2] and relation(a, b) for a, b in pairs)
+
+
+def general(word: str, precise: str) -> bool:
+    return related(word, precise, lambda a, b: a[2] == 0 < b[2] and a[0] != "adjective")
+
+
+def opposite(one: str, other: str) -> bool:
+    return related(one, other, lambda a, b: a[0] == "adjective" and a[2] == b[2] ^ 1)
+
+
+def facts(s: Sentence):
+    """The verb's row without modifiers, its nouns with theirs, and whether there is a `not`."""
+    verb = s.deprels.index("root")
+    row, nouns = [], {}
+    for word, (head, deprel) in enumerate(zip(s.heads, s.deprels, strict=True)):
+        if head == verb + 1 and s.upos[word] == "NOUN":
+            below = [i for i, above in enumerate(s.heads) if above == word + 1]
+            phrases = []
+            for top in below:
+                if s.deprels[top] in ("amod", "nmod"):
+                    inside = [i for i in range(len(s.words)) if top in path(s, i)]
+                    phrases.append(" ".join(s.words[i] for i in inside))
+            nouns[deprel, sum(key[0] == deprel for key in nouns)] = s.words[word], Counter(phrases)
+        elif head in (0, verb + 1) and s.words[word] != "not":
+            row.append(s.words[word])
+    return row, nouns, "not" in s.words
+
+
+def path(s: Sentence, word: int):
+    while word >= 0:
+        yield word
+        word = s.heads[word] - 1
+
+
+def relation(pair: sl.Inference) -> str:
+    """The label, worked out from the trees alone, in a second way."""
+    row, nouns, negated = facts(pair.premise)
+    other_row, other_nouns, other_negated = facts(pair.hypothesis)
+    assert row == other_row and nouns.keys() == other_nouns.keys()
+    lacking = 0
+    for role, (noun, modifiers) in nouns.items():
+        told, asked = other_nouns[role]
+        if noun != told and not general(told, noun):
+            lacking += 1 if general(noun, told) else 10
+        for modifier in asked - modifiers:
+            against = any(opposite(modifier, found) for found in modifiers - asked)
+            lacking += 1000 if against else 1
+    if negated != other_negated or lacking >= 1000:
+        return "contradiction"
+    subject, target = other_nouns.get(("nsubj", 0)), other_nouns.get(("obj", 0))
+    if lacking >= 10 and subject and target:  # two words that are no kin: who did it to whom?
+        swapped = dict(nouns)
+        swapped["nsubj", 0], swapped["obj", 0] = nouns["obj", 0], nouns["nsubj", 0]
+        for role, (noun, modifiers) in swapped.items():
+            told, asked = other_nouns[role]
+            assert noun == told or general(told, noun)
+            assert modifiers >= asked
+        return "contradiction"
+    assert lacking < 10
+    return "neutral" if lacking else "entailment"
+
+
+def test_labels_are_true():
+    ways = Counter()
+    for pair in inferences():
+        same = Counter(pair.premise.words) >= Counter(pair.hypothesis.words)
+        ways[pair.label, same, "not" in pair.premise.words, "not" in pair.hypothesis.words] += 1
+        assert relation(pair) == pair.label, pair
+    assert len(ways) >= 12 and min(ways.values()) > 5  # every way, with a `not` and without
+
+
+def test_no_words_that_would_make_a_label_doubtful():
+    for pair in inferences():
+        for s in (pair.premise, pair.hypothesis):
+            assert not {*s.words} & {"no", "every", "another", "any", "all", "never", "may"}
+            assert not {*s.deprels} & {"conj", "advcl", "ccomp", "xcomp", "acl:relcl"}
+            assert s.words.count("not") <= 1
+
+
+def accuracy(features: list[set], labels: np.ndarray, train: int) -> float:
+    """Logistic regression on sets of features, by gradient descent."""
+    index = {}
+    rows = [[index.setdefault(f, len(index)) for f in sorted(row, key=repr)] for row in features]
+    weights, rate = np.zeros((len(index), 3)), 0.5
+    for epoch in range(12):
+        for i in np.random.default_rng(epoch).permutation(train):
+            scores = weights[rows[i]].sum(0)
+            p = np.exp(scores - scores.max())
+            p /= p.sum()
+            p[labels[i]] -= 1
+            weights[rows[i]] -= rate / len(rows[i]) * p
+    right = [weights[row].sum(0).argmax() for row in rows[train:]] == labels[train:]
+    return float(np.mean(right))
+
+
+def test_the_hypothesis_alone_and_the_lengths_alone_tell_nothing():
+    pairs = inferences()
+    labels = np.array([sl.INFERENCES.index(pair.label) for pair in pairs])
+    words = [pair.hypothesis.words for pair in pairs]
+    bags = [{*row, *itertools.pairwise(row)} for row in words]
+    assert accuracy(bags, labels, 6000) < 0.4
+    lengths = [{("premise", len(pair.premise.words)), ("more", len(pair.premise.words) - len(row))}
+               for pair, row in zip(pairs, words, strict=True)]  # fmt: skip
+    assert accuracy(lengths, labels, 6000) < 0.4
+    premises = [{*p.premise.words, *itertools.pairwise(p.premise.words)} for p in pairs]
+    assert accuracy(premises, labels, 6000) < 0.45
+    told = [{*row, ("truth", label)} for row, label in zip(words, labels, strict=True)]
+    assert accuracy(told, labels, 6000) > 0.95  # the classifier does learn
+
+
+def test_questions_have_one_answer():
+    words = Counter()
+    for q in questions():
+        spans = [(s, span) for s in q.context for span in s.spans]
+        ((source, (start, end)),) = spans
+        assert len(q.context) == 3 and sum(len(s.words) for s in q.context) <= 40
+        assert 1 <= end - start <= 5 and q.question.words[-1] == "?" and source.words[-1] != "?"
+        asked = q.question.words[start]
+        words[asked] += 1
+        # the question is the sentence with the phrase replaced, and so is its tree
+        assert q.question.words == [*source.words[:start], asked, *source.words[end:-1], "?"]
+        assert (q.question.upos[start], q.question.words[start]) in {
+            ("PRON", "who"), ("PRON", "which")}  # fmt: skip
+        verb = source.deprels.index("root")
+        tops = [i for i in range(start, end) if source.heads[i] == verb + 1]
+        assert len(tops) == 1 and source.deprels[tops[0]] in ("nsubj", "obj", "obl")
+        assert q.question.deprels[start] == source.deprels[tops[0]]
+        below = {i for i in range(len(source.words)) if tops[0] in path(source, i)}
+        assert below == {*range(start, end)}
+        others = [word for s in q.context if s is not source for word in s.words]
+        assert source.words[verb] not in others
+    assert set(words) == {"who", "which"} and min(words.values()) > 100
+
+
 # ------------------------------------------------------------------------------- the readers
 
 
@@ -562,16 +768,183 @@ def test_errors_name_the_line(reader, text, line, message):
     assert "; " in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("reader", ["text", "conllu", "bio"])
+@pytest.mark.parametrize("reader", ["text", "conllu", "bio", "inferences", "questions"])
 def test_missing_and_empty_files(reader):
     read = getattr(sl, f"read_{reader}")
     bad = (written(""), "empty"), (written("\n \n"), "empty"), (ROOT / "none", "No such file")
-    if reader != "text":
+    if reader in ("conllu", "bio"):
         bad += ((written("# comment\n\n# another\n"), "empty"),)
     for path, message in (*bad, (ROOT, "directory")):
         with pytest.raises(InputError, match=message) as error:
             list(read(path))
         assert str(path) in str(error.value)
+
+
+def test_text_is_read_line_by_line():
+    """A long file costs no more memory than a short one; what comes late is read late."""
+    path = written("One line. And more of it.\n" * 20_000 + "\n \n")
+    tracemalloc.start()
+    assert sum(1 for _ in sl.read_text(path)) == 40_000
+    assert tracemalloc.get_traced_memory()[1] < 100_000 < path.stat().st_size
+    tracemalloc.stop()
+    with path.open("ab") as file:
+        file.write(b"\xff")
+    read = sl.read_text(path)
+    assert next(read).words == ["One", "line", "."]
+    with pytest.raises(InputError, match=":20003: bytes that are not UTF-8"):
+        list(read)
+
+
+@settings(max_examples=200)
+@given(st.text(st.sampled_from('aB. !?"\n\t\r\u2028\u3000)'), max_size=30))
+def test_text_read_in_pieces_is_text_read_whole(text):
+    if text.strip():
+        blocks = [""]  # a blank line ends one
+        for line in sl.re.findall(r".*\n|.+", text):
+            blocks[-1] += line
+            blocks += [] if line.strip() else [""]
+        pieces = [piece for block in blocks for piece in sl.SENTENCE.findall(block)]
+        expected = [(parts[::2], parts[1::2]) for parts in map(sl.WORD.split, pieces)]
+        assert [(rest, s.words) for rest, s in sl._text_pieces(written(text))] == expected
+
+
+XNLI = (  # as published: 2 languages, more columns between
+    "language\tgold_label\tsentence1_binary_parse\tsentence1\tsentence2\tpairID\n"
+    "ar\tneutral\t\tQal\tLa\t1\n"
+    'en\tneutral\t\t"Well, I didn\'t\tHe "left.\t2\n'
+    "en\t-\t\tOne.\tTwo.\t3\r\n"
+    "en\tentailment\t\tIt rains.\tIt is wet.\t4\n"
+)
+TRANSLATED = "premise\thypo\tlabel\nIt rains .\tIt is dry .\tcontradictory\n"
+MNLI = (
+    "index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label\n"
+    "0\tfiction\tIt rains.\tIt is dry.\tneutral\tcontradiction\n"
+)
+JSONL = (
+    '{"gold_label": "-", "sentence1": "x", "sentence2": "x"}\n\n'
+    '{"language": "de", "gold_label": "neutral", "sentence1": "Ja", "sentence2": "Ja"}\n'
+    '{"gold_label": "contradiction", "sentence1": "It rains.", "sentence2": "It is dry.", "x": 1}\n'
+)
+
+
+def test_read_inferences():
+    first, second = sl.read_inferences(written(XNLI))
+    assert first.premise == Sentence(['"', "Well", ",", "I", "didn't"])
+    assert (first.hypothesis.words, first.label) == (["He", '"', "left", "."], "neutral")
+    assert (second.hypothesis.words, second.label) == ("It is wet .".split(), "entailment")
+    dry = sl.Inference(
+        Sentence("It rains .".split()), Sentence("It is dry .".split()), "contradiction"
+    )
+    for text in (TRANSLATED, MNLI, JSONL):
+        assert list(sl.read_inferences(written(text))) == [dry]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (XNLI.replace("gold_label", "gold"), 1, "gold_label"),
+        (XNLI.replace("sentence2", "sentence3"), 1, "sentence2"),
+        (XNLI.replace("neutral", "perhaps"), 3, "label 'perhaps'"),
+        (XNLI.replace('He "left.', " "), 3, "without words"),
+        (XNLI.replace("It rains.", ""), 5, "without words"),
+        (XNLI.replace("\t4", ""), 5, "5 columns; the header has 6"),
+        (XNLI.replace("\t4", "\t4\t"), 5, "7 columns; the header has 6"),
+        ("words\n", 1, "sentence1"),
+        (JSONL.replace('"x": 1}', '"x": 1'), 4, "sentence1"),
+        (JSONL.replace('"It rains."', "null"), 4, "sentence1"),
+        (JSONL.replace('"It rains."', '["It rains."]'), 4, "sentence1"),
+        (JSONL.replace('"It rains."', '"\\ud800"'), 4, "sentence1"),
+        (JSONL.replace('"contradiction"', "[]"), 4, "label []"),
+        (JSONL.replace('"gold_label": "c', '"label": "c'), 4, "gold_label"),
+        (JSONL.replace('"x": 1', '"x": ' + "1" * 5000), 4, "sentence1"),
+        (JSONL.replace('"x": 1', '"x": ' + "[" * 99_999), 4, "sentence1"),
+        (JSONL + "[1]\n", 5, "sentence1"),
+        (JSONL + "7\n", 5, "sentence1"),
+        (JSONL + "sentence1\n", 5, "sentence1"),
+        (XNLI.encode() + b"\xff", 6, "UTF-8"),
+    ],
+)
+def test_malformed_inferences(text, line, message):
+    path = written(text)
+    with pytest.raises(InputError) as error:
+        list(sl.read_inferences(path))
+    assert str(error.value).startswith(f"{path}:{line}: ") and message in str(error.value)
+    assert "; " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_without_pairs():
+    for text in (XNLI.replace("\nen", "\nfr"), XNLI.partition("\n")[0], JSONL.partition("\n")[0]):
+        with pytest.raises(InputError, match="at least one labelled pair in English"):
+            list(sl.read_inferences(written(text)))
+
+
+def squad(**changes) -> dict:
+    asked = {"id": "q1", "question": "Who left?", "answers": [{"text": "Ann", "answer_start": 0}]}
+    context = "Ann Lee left. Then St. Bo came! He met the U.S. Army. It won."
+    paragraph = {"context": context, "qas": [asked]}
+    for name, value in changes.items():
+        paragraph.update({name: value}) if name in paragraph else asked.update({name: value})
+    return {"version": 1.1, "data": [{"title": "x", "paragraphs": [paragraph]}]}
+
+
+def as_json(value) -> Path:
+    return written(json.dumps(value), "squad.json")
+
+
+def test_read_questions():
+    (only,) = sl.read_questions(as_json(squad()))
+    assert only.question == Sentence(["Who", "left", "?"])
+    texts = [" ".join(s.words) for s in only.context]
+    assert texts[:2] == ["Ann Lee left .", "Then St. Bo came !"]
+    assert texts[2:] == ["He met the U . S .", "Army .", "It won ."]
+    assert [s.spans for s in only.context] == [[(0, 1)], [], [], [], []]
+    context = squad()["data"][0]["paragraphs"][0]["context"]
+    answers = [
+        {"text": text, "answer_start": context.find(text)}
+        for text in ("U.S. Army", "S. A", "o c", "left. Then", " It ", "S. Army")
+    ]
+    (only,) = sl.read_questions(as_json(squad(answers=answers)))
+    texts = [" ".join(s.words) for s in only.context]
+    assert texts == [
+        "Ann Lee left . Then St. Bo came !", "He met the U . S . Army .", "It won ."
+    ]  # fmt: skip
+    assert [s.spans for s in only.context] == [[(6, 8), (2, 5)], [(3, 8), (5, 8)], [(0, 1)]]
+    both = squad()
+    asked = both["data"][0]["paragraphs"][0]["qas"]
+    asked.insert(0, {"id": "q0", "question": "What?", "answers": [], "is_impossible": True})
+    asked[1]["is_impossible"] = False
+    assert len(list(sl.read_questions(as_json(both)))) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"answers": [{"text": "Ann", "answer_start": start}]}
+     for start in (1, -1, -61, 10**30, 61, 0.0, None, "0", [])]
+    + [{"answers": [{"text": text, "answer_start": 0}]} for text in ("", "ann", None, 3, [])]
+    + [{"answers": answers} for answers in ([], None, 3, "x", {}, [None], [[]], {"text": "Ann"})]
+    + [{"question": question} for question in ("", " ", None, 3, [])]
+    + [{"context": context} for context in ("", None, 3, [], "Bo left.", "\ud800")]
+    + [{"qas": qas} for qas in (None, 3, "x", {"id": 1}, [None], [[]], [{}], [{"id": "x"}])],
+)  # fmt: skip
+def test_malformed_questions(changes):
+    path = as_json(squad(**changes))
+    with pytest.raises(InputError) as error:
+        list(sl.read_questions(path))
+    assert str(error.value).startswith(f"{path}: ") and "; " in str(error.value)
+    assert "\n" not in str(error.value)
+    if "answers" in changes and "answer_start" in str(changes):
+        assert "'q1'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", "3", "null", '"data"', '{"data": 3}', '{"data": [3]}', '{"data": [{}]}',
+     '{"data": []}', '{"data": [{"paragraphs": null}]}', '{"data": [{"paragraphs": [3]}]}',
+     '{"data": ' + "[" * 99_999, '{"data": ' + "1" * 5000 + "}", "\ufeff{}", "word"],
+)  # fmt: skip
+def test_what_is_no_squad(text):
+    with pytest.raises(InputError, match=r"file\.txt: .*; give"):
+        list(sl.read_questions(written(text)))
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -772,6 +1145,31 @@ def test_real_entities():
         assert is_bio(sentence.entities)
         derived, steps = transform(sentence, ["permute", "transliterate"], index=index)
         assert is_bio(derived.entities) and invert(derived, steps) == sentence
+
+
+@needs(DATA / "qa")
+def test_real_questions():
+    path = DATA / "qa" / "xquad.en.json"
+    articles = json.loads(path.read_text())["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    asked = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]]
+    found = list(sl.read_questions(path))
+    assert len(found) == len(asked) == 1190
+    partial = 0
+    for (context, qa), question in zip(asked, found, strict=True):
+        assert question.question.words == sl.WORD.findall(qa["question"])
+        assert [word for s in question.context for word in s.words] == sl.WORD.findall(context)
+        spans = [s.words[start:end] for s in question.context for start, end in s.spans]
+        texts = {answer["text"] for answer in qa["answers"]}
+        assert len(spans) == len(texts) == 1
+        words, text = "".join(spans[0]), "".join(texts.pop().split())
+        assert text in words and len(spans[0][0]) + len(spans[0][-1]) + len(text) > len(words)
+        partial += words != text
+    assert partial < 30
+    for index, question in enumerate(found[:200]):
+        for s in question.context:
+            derived, steps = transform(s, ["transliterate", "invert"], index=index)
+            assert invert(derived, steps) == s
 
 
 @needs(DATA / "text")
