@@ -14,34 +14,45 @@ checkpoint therefore needs no state of any generator, and where a run was stoppe
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import platform
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
 import synth_lang
-from alignmlm import BOS, EOS, PAD, PRESETS, SPECIALS, Batch, MaskedLM, Settings
-from alignmlm import ask_translations, make_dictionary, mask_tokens, pair_translations
+from alignmlm import BOS, DAMAGE, EOS, PAD, PRESETS, SPECIALS, Batch, MaskedLM, Settings
+from alignmlm import ask_translations, derived_ids, make_dictionary, mask_tokens, pair_translations
 from alignmlm import preset, save_tensors, to_hf, write_text
+from kernels import alignment_loss
 
 # ------------------------------------------------------------------------------ text to arrays
 
@@ -74,12 +85,13 @@ class Source:
 
 
 def train_tokenizer(sentences: Iterable[synth_lang.Sentence], pieces: int, path: Path) -> None:
-    """Train a unigram SentencePiece model of `pieces` ids, the shared specials first."""
+    """Write a unigram SentencePiece model of `pieces` ids, the shared specials first."""
     sentencepiece.set_random_generator_seed(0)  # of the sample below
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(" ".join(sentence.words) for sentence in sentences),
-            model_prefix=str(path.with_suffix("")),
+            model_writer=model,
             vocab_size=pieces,
             bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=SPECIALS,
             control_symbols=["<mask>"],  # takes the free id, MASK
@@ -91,19 +103,20 @@ def train_tokenizer(sentences: Iterable[synth_lang.Sentence], pieces: int, path:
             f"tokenizer: {pieces} sub-words cannot be learned from this text: give more text "
             f"or a smaller --vocab-size ({str(error).split('] ')[-1].strip()})"
         ) from error
+    path.write_bytes(model.getvalue())
 
 
 class Languages:
     """From the words of the original language to the ids of either.
 
-    A derived id is its original's moved by the settings' shift, which is the transformation
-    "transliterate"; all others act on words. Words are cut into sub-words one at a time, so that
-    none depends on its neighbours and a sentence and its counterpart have equally many.
+    The transformation "transliterate" acts on ids (`derived_ids`), all others on words. Words are
+    cut into sub-words one at a time, so that none depends on its neighbours and a sentence and its
+    counterpart have equally many.
     """
 
     def __init__(self, tokenizer: Path, s: Settings, order: synth_lang.OrderModel):
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-        self.shift, self.order = s.shift, order
+        self.derived_ids, self.order = derived_ids(s), order
         names = synth_lang.parse_transform(s.transform)
         self.names = tuple(name for name in names if name != "transliterate")
 
@@ -113,32 +126,70 @@ class Languages:
 
     def encode(self, words: list[str], derived: bool) -> list[list[int]]:
         """The ids of each word: one or more, none of them special."""
-        shift = self.shift if derived else 0
-        return [[id + shift for id in self._encode_word(word)] for word in words]
+        encoded = map(self._encode_word, words)
+        return [self.derived_ids[ids].tolist() for ids in encoded] if derived else [*encoded]
 
     @functools.lru_cache(maxsize=1 << 20)  # noqa: B019  there is one of these a process
     def _encode_word(self, word: str) -> list[int]:
         return self.pieces.encode(word) or [self.pieces.unk_id()]
 
 
-class Packer:
-    """Sentences into a file of rows of `length` int32 ids, with nothing padded.
+def start_worker(languages: Languages) -> None:
+    """A worker leaves Ctrl-C to its parent, and ends when that does, even by SIGKILL."""
+    global _languages  # of this worker
+    _languages = languages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-    A row is BOS and the running text, every sentence closed by EOS; a sentence that a row's end
-    cuts goes on in the next, and what is left at the end is dropped.
+
+def tokenise(number: int, block: list[synth_lang.Sentence]) -> dict[str, np.ndarray]:
+    """A worker's share: block `number` as ids, (n,) int64, by the part that they belong to."""
+
+    def flat(texts: Iterable[list[str]]) -> np.ndarray:  # every sentence closed by EOS
+        ids = (itertools.chain(*_languages.encode(words, False), [EOS]) for words in texts)
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int64)
+
+    ids = flat(sentence.words for sentence in block)
+    if number % 2 == 0:
+        return {"original": ids}
+    derived = map(_languages.derive, block, itertools.count(number * BLOCK))
+    moved = flat(sentence.words for sentence in derived)
+    return {"derived": _languages.derived_ids[moved], "counterpart": ids}
+
+
+def tokenised(languages: Languages, sentences: Iterable, workers: int) -> Iterator[dict]:
+    """`tokenise` of every block, in order; this process reads, some blocks ahead of the workers."""
+    sentences = iter(sentences)
+    blocks = iter(lambda: list(itertools.islice(sentences, BLOCK)), [])
+    # A fork need not import torch again; like a DataLoader's it is safe, as it does not use torch.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, context, start_worker, (languages,)) as pool:
+        ahead = collections.deque()
+        for block in enumerate(blocks):
+            ahead.append(pool.submit(tokenise, *block))
+            if len(ahead) > 3 * workers:
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
+
+
+class Packer:
+    """Running text into a file of rows of `length` int32 ids, with nothing padded.
+
+    A row is BOS and the text from where the row before ended; what is left at the end is dropped.
     """
 
     def __init__(self, path: Path, length: int):
         self.file, self.length = open(path, "wb"), length  # noqa: SIM115
-        self.row, self.rows = [BOS], 0
+        self.left, self.rows = np.empty(0, np.int64), 0
 
-    def add(self, words: list[list[int]]) -> None:
-        """A sentence, as the ids of each of its words."""
-        self.row += [*itertools.chain.from_iterable(words), EOS]
-        while len(self.row) >= self.length:
-            np.array(self.row[: self.length], np.int32).tofile(self.file)
-            self.row[: self.length] = [BOS]
-            self.rows += 1
+    def add(self, ids: np.ndarray) -> None:
+        """More of the text, (n,)."""
+        text = np.concatenate([self.left, ids])
+        end = len(text) - len(text) % (self.length - 1)
+        rows = np.insert(text[:end].reshape(-1, self.length - 1), 0, BOS, axis=1)
+        rows.astype(np.int32).tofile(self.file)
+        self.left, self.rows = text[end:], self.rows + len(rows)
 
     def close(self) -> int:
         """How many rows were written."""
@@ -168,7 +219,7 @@ def corpus_name(source: Source, s: Settings) -> str:
     stamps = [(stat.st_size, stat.st_mtime_ns) for stat in files]
     names = synth_lang.parse_transform(s.transform)
     text = (dataclasses.asdict(source), stamps, synth_lang.GRAMMAR, synth_lang.WORDS)
-    key = json.dumps((text, names, s.vocab_size, s.positions))
+    key = json.dumps((text, names, s.vocab_size, s.positions, s.overlap))
     return f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
@@ -179,34 +230,46 @@ def order_of(source: Source) -> synth_lang.OrderModel:
     return synth_lang.SOV
 
 
-def prepare(source: Source, s: Settings, root: Path) -> Corpus:
+@contextlib.contextmanager
+def making(root: Path) -> Iterator[None]:
+    """While a corpus is made in root. If nobody else makes one, what killed runs left is removed:
+    a lock, which ends with its process however that ends, tells."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # another is at work, or this disk knows no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in root.glob("making-data-*"):
+                shutil.rmtree(left)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(lock)
+
+
+def prepare(source: Source, s: Settings, root: Path, workers: int | None = None) -> Corpus:
     """The corpus of this text under this transformation, made on first use in a folder of root.
 
     The original language and the derived one come from different halves of the text. The folder
-    appears whole or not at all, so several runs may start at once.
+    appears whole or not at all, so several runs may start at once. workers: processes beside this
+    one (with more than 8 it is the reading that takes the time).
     """
     folder, order = root / corpus_name(source, s), order_of(source)
     if folder.exists():
         return Corpus.open(folder, s, order)
 
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix="making-data-") as made:
+    workers = workers or min(max(os.cpu_count() - 1, 1), 8)
+    bar = functools.partial(tqdm, unit=" sentences", mininterval=1)
+    with making(root), tempfile.TemporaryDirectory(dir=root, prefix="making-data-") as made:
         tokenizer = Path(made, "tokenizer.model")
-        train_tokenizer(source.read(), s.pieces, tokenizer)
+        train_tokenizer(bar(source.read(), "learning sub-words"), s.pieces, tokenizer)
         languages = Languages(tokenizer, s, order)
-        original, derived, counterpart = (
-            Packer(Path(made, f"{p}.bin"), s.positions) for p in PARTS
-        )
-        sentences = tqdm(source.read(), "tokenising", unit=" sentences", mininterval=1)
-        for index, sentence in enumerate(sentences):
-            ids = languages.encode(sentence.words, derived=False)
-            if index // BLOCK % 2 == 0:
-                original.add(ids)
-            else:
-                words = languages.derive(sentence, index).words
-                derived.add(languages.encode(words, derived=True))
-                counterpart.add(ids)
-        if not all([packer.close() for packer in (original, derived, counterpart)]):
+        packers = {part: Packer(Path(made, f"{part}.bin"), s.positions) for part in PARTS}
+        for parts in tokenised(languages, bar(source.read(), "tokenising"), workers):
+            for part, ids in parts.items():
+                packers[part].add(ids)
+        if not all([packer.close() for packer in packers.values()]):
             text = ", ".join((*source.corpus, *source.treebank)) or "the built-in language"
             raise synth_lang.InputError(
                 f"{text}: too little text for a sequence of "
@@ -315,8 +378,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> tuple[int, int]:
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
             if checksum(tensors, metadata) != metadata["crc32"]:
                 raise ValueError("wrong checksum")
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            print(f"{path}: damaged ({error}): going on from the one before", file=sys.stderr)
+        except DAMAGE as error:
+            why = " ".join(str(error).split())
+            print(f"{path}: damaged ({why}): going on from the one before", file=sys.stderr)
             continue
         for name, parameter in model.named_parameters():
             parameter.data.copy_(tensors[name])
@@ -332,17 +396,20 @@ def open_log(path: Path, step: int):
     """The log, to go on after `step`: lines beyond it, from before a stop, are taken out."""
     if RANK > 0:
         return open(os.devnull, "w")
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(*DAMAGE):  # of a line, which is left out
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line.decode())
     write_text(path, "".join(kept))
     return open(path, "a")
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM go into a list, so that the step can be finished and saved."""
+    """What asks to stop, eval.py's alarm too, is listed: the step can be finished and saved."""
     noted = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     before = [signal.signal(number, lambda n, _: noted.append(n)) for number in numbers]
     try:
         yield noted
@@ -353,11 +420,12 @@ def noted_signals() -> Iterator[list[int]]:
 
 def pretrain(
     corpus: Corpus, s: Settings, folder: Path, device: str,
-    save_every: int, accumulate: int, compiled: bool,
+    save_every: int, accumulate: int, compiled: bool, keep_every: int,
 ) -> None:  # fmt: skip
     """Train to the last step, from wherever `folder`'s checkpoints are; writes folder/model.
 
     accumulate: in how many slices a batch is computed, one after another, to need less memory.
+    keep_every: steps after which the model as it is then is kept, as model-<step>; 0 for never.
     """
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(device)
@@ -372,7 +440,8 @@ def pretrain(
     firsts = range(RANK * accumulate * share, (RANK + 1) * accumulate * share, share)
     model.train()
 
-    losses, skips, streak = torch.zeros(2, device=device), 0, 0
+    losses, skips = torch.zeros(2, device=device), 0
+    streak = longest = torch.zeros((), device=device)
     clock, logged = time.perf_counter(), start
     quiet = RANK > 0 or "TQDM_DISABLE" in os.environ
     with (
@@ -401,11 +470,17 @@ def pretrain(
             optimizer.zero_grad()
             skips = skips + optimizer.found_inf
             streak = (streak + 1) * optimizer.found_inf
+            longest = torch.maximum(longest, streak)
             done = step + 1
             bar.update()
+            kept = folder / f"model-{done:08d}"
+            if keep_every and done % keep_every == 0 and RANK == 0 and not kept.exists():
+                to_hf(model, folder / "making-model")
+                os.rename(folder / "making-model", kept)
 
             last = done == s.steps
-            if not (done % LOG_EVERY == 0 or done % save_every == 0 or last or signals):
+            due = done % LOG_EVERY == 0 or done % save_every == 0 or last
+            if not (due or (signals and WORLD == 1)):
                 continue
             seconds, steps = time.perf_counter() - clock, done - logged
             loss, mlm = (x if math.isfinite(x) else None for x in (losses / steps).tolist())
@@ -420,21 +495,149 @@ def pretrain(
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix(mlm=mlm, tokens_s=line["tokens_per_second"])
-            if streak >= MAX_STREAK:
+            if longest >= MAX_STREAK:
                 raise ValueError(
                     f"{folder}: no finite gradient in {MAX_STREAK} steps in a row, up to step "
                     f"{done}: try a lower --rate in a new folder (the last checkpoint is good)"
                 )
             losses.zero_()
             clock, logged = time.perf_counter(), done
-            if RANK == 0 and not last and (done % save_every == 0 or signals):
+            stop = max(signals, default=0)
+            if WORLD > 1:  # a signal that any process has noted stops all at this step
+                flag = torch.tensor(stop, device=device)
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+                stop = int(flag)
+            if RANK == 0 and not last and (done % save_every == 0 or stop):
                 save_checkpoint(folder, done, line["skipped"], model, optimizer)
-            if signals and not last:
-                sys.exit(128 + signals[0])
+            if stop and not last:
+                if WORLD > 1:  # for torchrun ends the others when one has left
+                    torch.distributed.barrier()
+                sys.exit(128 + stop)
     if RANK == 0:
         to_hf(model, folder / "model")
-        for path in folder.glob("checkpoint-*"):
-            path.unlink()
+
+
+# ----------------------------------------------------------------------------------- benchmark
+
+
+def compiles(device: str) -> bool:
+    """Whether to torch.compile unasked: on a GPU where it can be (on a CPU: see RESULTS.md)."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return device != "cpu" and compiler is not None and find_spec("triton") is not None
+
+
+def model_flops(s: Settings) -> int:
+    """Of a step's matrix products: 2 a parameter and token forward, twice that backward.
+
+    A layer's have 4 D^2 + 2 D F parameters; Q K' and its product with V are as good as 2 T D more.
+    Only the M masked tokens of a sequence need the head and the vocabulary.
+    """
+    B, T, D, M = s.batch, s.positions, s.width, round(s.mask_share * s.positions)
+    layer = 4 * D * D + 2 * D * s.feed_forward + 2 * T * D
+    return 6 * B * (T * s.layers * layer + M * (D * D + s.vocab_size * D))
+
+
+def peak_memory(step, device: str) -> int:
+    """Bytes that one call of `step` takes at most, beyond what is allocated before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> None:
+    """Print what a step costs, beside one of transformers' RobertaForMaskedLM, and its parts.
+
+    Same process, weights, batch, optimizer and clipping. Theirs computes its own loss, over the
+    logits of every token, as it is used.
+    """
+    try:
+        from transformers import RobertaForMaskedLM
+    except ImportError as error:
+        raise ValueError(f"--bench: {error}: pip install transformers") from error
+    ours = MaskedLM(s).to(device).train()
+    with tempfile.TemporaryDirectory() as folder:
+        to_hf(ours, folder)
+        theirs = RobertaForMaskedLM.from_pretrained(folder).to(device).train()
+    rng, pairs = np.random.default_rng(0), make_dictionary(s)
+    tokens = rng.integers(SPECIALS, s.pieces, (s.batch, s.positions), np.int32)
+    corpus = Corpus(None, tokens, derived_ids(s)[tokens], tokens)
+    batch = make_batch(corpus, s, pairs, 0).to(device)
+    dictionary = torch.from_numpy(pairs).to(device)
+    inputs = {
+        "input_ids": batch.tokens, "token_type_ids": batch.languages * (s.languages - 1),
+        "attention_mask": torch.ones_like(batch.tokens),  # as its collator makes it
+        "labels": torch.full_like(batch.tokens, -100).scatter_(1, batch.masked, batch.labels),
+    }  # fmt: skip
+    last, seconds = 0.0, collections.defaultdict(list)
+
+    def mark(name: str) -> None:
+        nonlocal last  # since the mark before
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds[name].append(time.perf_counter() - last)
+        last = time.perf_counter()
+
+    def step(network, model, optimizer, loss_of, mark=lambda name: None):
+        with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
+            loss = loss_of(network)
+        mark("forward, head and vocabulary loss")
+        loss.backward()
+        mark("backward")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("clipping and optimizer")
+
+    steps = {}
+    for name, model, loss_of in (
+        ("alignmlm", ours, lambda network: network(batch, dictionary)[0]),
+        ("transformers", theirs, lambda network: network(**inputs).loss),
+    ):
+        rest = model, make_optimizer(model, s), loss_of
+        steps[name] = functools.partial(step, model, *rest)
+        if compiled:
+            steps[f"{name}, compiled"] = functools.partial(step, torch.compile(model), *rest)
+    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    square = torch.randn(size, size, device=device, dtype=dtype)
+    for _ in range(3 + repeats):  # in turn, so that all meet the same machine; three to warm up
+        for name, call in (*steps.items(), ("product", lambda: square @ square)):
+            mark("")
+            call()
+            mark(name)
+    rate = 2 * size**3 / min(seconds["product"])
+    print("| step | tokens/s | median ms | fastest | slowest | MFU | extra MiB | times as fast |\n"
+          "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")  # fmt: skip
+    for name, call in steps.items():
+        median, low, high = (f(seconds[name][3:]) for f in (np.median, min, max))
+        print(f"| {name} | {tokens.size / median:,.0f} | {1e3 * median:.1f} | {1e3 * low:.1f} "
+              f"| {1e3 * high:.1f} | {model_flops(s) / median / rate:.1%} "
+              f"| {peak_memory(call, device) / 2**20:.0f} "
+              f"| {np.median(seconds['transformers'][3:]) / median:.2f} |")  # fmt: skip
+    print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}. MFU: of the "
+          f"{rate / 1e12:.3g} TFLOP/s of a product of two {size} x {size} {dtype}.\n")  # fmt: skip
+
+    seconds.clear()
+    ours.head_dense.register_forward_pre_hook(lambda *_: mark("forward, encoder"))
+    for number in range(repeats):
+        mark("")
+        make_batch(corpus, s, pairs, number).to(device)
+        mark("making a batch (beside the step before it)")
+        steps["alignmlm"](mark=mark)
+        if s.objective == "align":
+            alignment_loss(ours.word_embeddings.weight, dictionary)
+            mark("forward, alignment loss")
+    parts = {name: 1e3 * np.median(times) for name, times in seconds.items() if name}
+    parts["forward, head and vocabulary loss"] -= parts.get("forward, alignment loss", 0)
+    print("| part of a step of alignmlm | ms | % |\n| --- | ---: | ---: |")
+    for name, ms in parts.items():
+        print(f"| {name} | {ms:.1f} | {100 * ms / sum(parts.values()):.1f} |")
 
 
 # ------------------------------------------------------------------------------------- command
@@ -456,15 +659,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--accumulate", type=int, default=1, help="slices of a batch (%(default)s)")
     parser.add_argument("--save-every", type=int, default=1000, help="steps (%(default)s)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="with torch.compile (on a GPU, if a C compiler and triton are there)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(%(default)s)")
-    group = parser.add_argument_group("settings of the experiment (default: the preset's)")
+    group = parser.add_argument_group(f"settings of the experiment ({', '.join(PRESETS)})")
     for field in dataclasses.fields(Settings):
         name = "--" + field.name.replace("_", "-")
+        values = [str(getattr(s, field.name)) for s in PRESETS.values()]
+        values = ", ".join(values if len({*values}) > 1 else values[:1])
+        text = f"{field.metadata.get('help', '')} ({values})".strip().replace("%", "%%")
         if field.type is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction)
+            group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            group.add_argument(name, type=field.type, metavar=field.type.__name__)
+            group.add_argument(name, type=field.type, metavar=field.type.__name__, help=text)
 
 
 def source_of(args: argparse.Namespace) -> Source:
@@ -483,8 +690,22 @@ def record_of(s: Settings, source: Source) -> dict:
         "settings": dataclasses.asdict(s),
         "source": dataclasses.asdict(source),
         "corpus": {"name": corpus_name(source, s)},
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-    }
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {
+            name: next((found.version for found in distributions(name=name)), None)
+            for name in ("torch", "triton", "numpy", "sentencepiece")
+        },
+    }  # fmt: skip
+
+
+@functools.cache
+def commit() -> str | None:
+    """The code's commit, with "+changes" if a file of it was changed since; None without git."""
+    code = Path(__file__).resolve().parent
+    own = ["git", f"--git-dir={code}/.git", f"--work-tree={code}", "--no-optional-locks"]
+    name = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    with contextlib.suppress(OSError):
+        return subprocess.run([*own, *name], capture_output=True, text=True).stdout.strip() or None
 
 
 def refuse_other(path: Path, record: dict) -> None:
@@ -494,7 +715,7 @@ def refuse_other(path: Path, record: dict) -> None:
     try:
         there = json.loads(path.read_text())
         thens = {part: dict(there[part]) for part in ("settings", "source", "corpus")}
-    except (KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: damaged ({error}): use a new folder") from error
     for part, then in thens.items():
         now = json.loads(json.dumps(record[part]))
@@ -503,10 +724,23 @@ def refuse_other(path: Path, record: dict) -> None:
             raise ValueError(f"{path}: has other settings: {', '.join(differ)}: use a new folder")
 
 
+EXITS = "Exit status: 0 done; 2 bad input, in one line; 128 + n stopped by signal n, after saving."
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a `guarded` command."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}: see --help")
+
+
 def guarded(main) -> None:
     """Run a command; what its user can mend is one line on stderr and exit status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted: the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         if isinstance(error, OSError) and error.filename:
@@ -517,41 +751,52 @@ def guarded(main) -> None:
 
 def run(
     folder: Path, s: Settings, source: Source, device: str,
-    save_every: int = 1000, accumulate: int = 1, compiled: bool = False,
+    save_every: int = 1000, accumulate: int = 1, compiled: bool | None = None, keep_every: int = 0,
 ) -> None:  # fmt: skip
     """Everything from the text to folder/model, or as much of it as is still to be done."""
-    if min(save_every, accumulate) < 1:
-        raise ValueError("--save-every and --accumulate must be at least 1")
+    if min(save_every, accumulate) < 1 or keep_every < 0:
+        raise ValueError("--save-every and --accumulate must be at least 1, --keep-every 0")
+    compiled = compiles(device) if compiled is None else compiled
     if s.batch % (WORLD * accumulate):
         raise ValueError(f"batch {s.batch} cannot be cut into {WORLD * accumulate} equal slices")
     record = record_of(s, source)
     refuse_other(folder / "settings.json", record)
-    if (folder / "model" / "config.json").exists():
-        return
-    if RANK > 0:  # the first process makes the corpus, the others find it made
-        torch.distributed.barrier()
-    corpus = prepare(source, s, folder.parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        if not (folder / "tokenizer.model").exists():  # a second name for the corpus's, for eval.py
-            os.link(folder.parent / corpus_name(source, s) / "tokenizer.model",
-                    folder / "tokenizer.model")  # fmt: skip
-        write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
-        if WORLD > 1:
+    if not (folder / "model" / "config.json").exists():
+        if RANK > 0:  # the first process makes the corpus, the others find it made
             torch.distributed.barrier()
-    pretrain(corpus, s, folder, device, save_every, accumulate, compiled)
+        corpus = prepare(source, s, folder.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        if RANK == 0:
+            tokenizer = folder / "tokenizer.model"  # a second name for the corpus's, for eval.py
+            if not tokenizer.exists():
+                os.link(folder.parent / corpus_name(source, s) / tokenizer.name, tokenizer)
+            write_text(folder / "settings.json", json.dumps(record, indent=2) + "\n")
+            if WORLD > 1:
+                torch.distributed.barrier()
+        pretrain(corpus, s, folder, device, save_every, accumulate, compiled, keep_every)
+    if RANK == 0:
+        for path in folder.glob("checkpoint-*"):
+            path.unlink()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        description=__doc__, epilog=EXITS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of the run; the corpus is made beside it")
+    parser.add_argument("folder", type=Path, nargs="?", help="of the run; its corpus is beside it")
+    parser.add_argument("--bench", action="store_true", help="time a step; needs transformers")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS",
+                        help="keep the model then, as model-<step> (never)")  # fmt: skip
     add_options(parser)
     args = parser.parse_args()
     s = preset(args.preset, **given_settings(args))
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.bench:
+        benchmark(s, args.device, compiles(args.device) if args.compile is None else args.compile)
+        return
+    if args.folder is None:
+        parser.error("give the run's folder")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     if WORLD > 1 and args.device != "cpu":
@@ -559,6 +804,7 @@ def main() -> None:
     run(
         args.folder, s, source_of(args), args.device,
         save_every=args.save_every, accumulate=args.accumulate, compiled=args.compile,
+        keep_every=args.keep_every,
     )  # fmt: skip
     print(f"{args.folder}: trained")
 

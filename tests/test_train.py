@@ -1,12 +1,14 @@
 """Text to arrays, batches, and training that is the same however it is stopped, cut or shared."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
 import math
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +22,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import synth_lang
 import train
 from alignmlm import BOS, EOS, MASK, OBJECTIVES, PAD, SPECIALS
-from alignmlm import MaskedLM, Settings, make_dictionary
+from alignmlm import MaskedLM, Settings, from_hf, make_dictionary
 
 CODE = Path(train.__file__).parent
 SOURCE = train.Source(sentences=1500)  # a thousand for the original language, 500 for the derived
@@ -86,16 +89,13 @@ def assert_same(weights, others, tolerance=0.0):
 # ------------------------------------------------------------------------------ text to arrays
 
 
-@given(
-    st.lists(st.lists(st.lists(st.integers(SPECIALS, 99), min_size=1, max_size=4), max_size=9)),
-    st.integers(2, 12),
-)
-def test_rows_without_their_bos_are_the_sentences_each_closed_by_eos(sentences, length):
-    text = [id for words in sentences for id in [*itertools.chain(*words), EOS]]
+@given(st.lists(st.lists(st.integers(EOS, 99), max_size=30)), st.integers(2, 12))
+def test_rows_without_their_bos_are_the_text_however_it_comes(pieces, length):
+    text = [*itertools.chain(*pieces)]
     with tempfile.TemporaryDirectory() as folder:
         packer = train.Packer(Path(folder, "rows.bin"), length)
-        for words in sentences:
-            packer.add(words)
+        for piece in pieces:
+            packer.add(np.array(piece, np.int64))
         count = packer.close()
         rows = np.fromfile(Path(folder, "rows.bin"), np.int32).reshape(-1, length)
     assert count == len(rows) == len(text) // (length - 1)
@@ -173,6 +173,87 @@ def test_of_two_runs_that_tokenise_side_by_side_the_later_takes_the_earliers(tmp
     monkeypatch.setattr(train, "train_tokenizer", overtaken)
     assert len(train.prepare(SOURCE, tiny(), tmp_path).original) > 0
     assert [path.name[:5] for path in tmp_path.iterdir()] == ["data-"]
+
+
+LONG = train.Source(sentences=9_300)  # blocks enough for each of three workers, the last one cut
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("data-*/*.bin")}
+
+
+@pytest.mark.parametrize("transform", ["permute", "syntax"])
+def test_however_many_work_on_a_text_its_bytes_are_the_same(transform, tmp_path):
+    s = tiny(transform=transform)
+    for workers in (1, 3):
+        train.prepare(LONG, s, tmp_path / str(workers), workers)
+    one, three = content(tmp_path / "1"), content(tmp_path / "3")
+    assert one == three and len(one) == 3
+    languages = train.prepare(LONG, s, tmp_path / "1").languages
+    packers = {part: train.Packer(tmp_path / f"{part}.bin", s.positions) for part in train.PARTS}
+    for index, sentence in enumerate(LONG.read()):  # and they are these, one by one
+        derived = index // 1000 % 2 == 1
+        add(packers["counterpart" if derived else "original"], languages, sentence.words, False)
+        if derived:
+            add(packers["derived"], languages, languages.derive(sentence, index).words, True)
+    for part, packer in packers.items():
+        packer.close()
+        assert (tmp_path / f"{part}.bin").read_bytes() == one[f"{part}.bin"]
+
+
+def add(packer: train.Packer, languages: train.Languages, words: list[str], derived: bool) -> None:
+    packer.add(np.array([*itertools.chain(*languages.encode(words, derived)), EOS]))
+
+
+def test_few_blocks_are_in_memory_at_a_time(languages):
+    read = itertools.count()
+    sentences = (next(read) * [] or synth_lang.Sentence(["a", "word"]) for _ in range(60_000))
+    parts = train.tokenised(languages, sentences, workers=2)
+    for number in range(40):
+        next(parts)
+        ahead = next(read) - 1000 * number  # asking counts too
+        assert ahead <= 1000 * 8 + number + 1
+    parts.close()
+
+
+TOKENISE = """
+import sys
+sys.path += {paths!r}
+import test_train as t
+t.train.train_tokenizer = lambda *args: args[-1].write_bytes(t.Path({model!r}).read_bytes())
+t.train.prepare(t.train.Source(sentences=10**7), t.tiny(), t.Path({folder!r}), workers=2)
+"""
+
+
+def test_what_a_run_killed_while_tokenising_leaves_goes_with_the_next_one(root, tmp_path):
+    train.prepare(SOURCE, tiny(), root)
+    model = next(root.glob("data-*/tokenizer.model"))
+    paths = [str(CODE), str(Path(__file__).parent)]
+    code = TOKENISE.format(paths=paths, model=str(model), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: any(p.stat().st_size for p in tmp_path.glob("making-data-*/*.bin")))
+        (left,) = tmp_path.glob("making-data-*")
+        train.prepare(SOURCE, tiny(), tmp_path)
+        assert left.exists()  # its owner lives
+    finally:
+        process.kill()
+        process.wait()
+    for made in tmp_path.glob("data-*"):
+        shutil.rmtree(made)
+
+    def taken_away() -> bool:  # once its workers have ended too
+        with train.making(tmp_path):
+            return not left.exists()
+
+    wait_until(taken_away)
+
+
+def wait_until(true) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -312,11 +393,12 @@ def start(folder: Path, s: Settings, save_every: int) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (folder / "log.jsonl").exists() or not any(x["step"] >= step for x in log_of(folder)):
+    def reached() -> bool:
         assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        log = folder / "log.jsonl"
+        return log.exists() and any(line["step"] >= step for line in log_of(folder))
+
+    wait_until(reached)
 
 
 def test_real_processes_stopped_by_sigterm_and_by_sigkill_lose_nothing(root):
@@ -488,6 +570,12 @@ def test_after_20_such_steps_in_a_row_the_run_stops_and_says_so(root, monkeypatc
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_row_of_20_that_ends_between_two_lines_of_the_log_stops_it_too(root, monkeypatch, capfd):
+    poison(monkeypatch, range(15, 35))
+    code, errors = failure(capfd, lambda: run(root / "between", tiny()))
+    assert code == 2 and "20 steps in a row, up to step 40" in errors[0]
+
+
 def test_fewer_in_a_row_do_not_stop_it(root, monkeypatch):
     folder = root / "no-streak"
     poison(monkeypatch, [*range(1, 20), *range(21, 40)])
@@ -526,6 +614,116 @@ def test_two_processes_train_as_one_does(root, tmp_path):
         two = load_file(tmp_path / objective / "model" / "model.safetensors")
         assert_same(one, two, tolerance=1e-5)
         assert [line["step"] for line in log_of(tmp_path / objective)] == [20, 40, 50]
+
+
+ONE_SIGNALLED = """
+import os, signal, sys
+sys.path += {paths!r}
+import test_train as t
+rate_at, s = t.train.rate_at, t.tiny()
+def rate(step, s):
+    if step == 25 and t.train.RANK == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return rate_at(step, s)
+t.train.rate_at = rate
+sys.argv[1:] = t.arguments(t.Path({folder!r}), s, "--save-every", 1000)
+try:
+    t.train.main()
+except SystemExit as left:
+    t.Path({folder!r}, "left-%d" % t.train.RANK).write_text(str(left.code))
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    folder = tmp_path / "run"
+    code = ONE_SIGNALLED.format(paths=[str(CODE), str(Path(__file__).parent)], folder=str(folder))
+    (tmp_path / "signalled.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command.append(tmp_path / "signalled.py")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [(folder / f"left-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    (saved,) = folder.glob("checkpoint-*")
+    assert saved.name == "checkpoint-00000040.safetensors"  # the next line of the log
+
+
+def test_models_kept_on_the_way_are_those_of_the_step_and_disturb_nothing(
+    root, reference, monkeypatch
+):
+    folder = root / "kept"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, 25)
+        run(folder, tiny(), save_every=15, keep_every=10)
+    assert {path.name for path in folder.glob("m*")} == {"model-00000010", "model-00000020"}
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("model-*/*")}
+    (folder / "making-model").mkdir()  # of a run killed as it wrote
+    (folder / "making-model" / "config.json").touch()
+    assert_same(run(folder, tiny(), save_every=15, keep_every=10), reference("mlm"))
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    names = {f"model-{step:08d}" for step in range(10, 51, 10)}
+    assert {path.name for path in folder.glob("m*")} == {"model", *names}
+    weights = {name: load_file(folder / name / "model.safetensors") for name in (*names, "model")}
+    assert_same(weights["model-00000050"], weights["model"])
+    assert from_hf(folder / "model-00000020", tiny()).settings == tiny()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(patch, 21)
+        run(root / "stopped-at-20", tiny(), save_every=20)
+    saved = load_file(root / "stopped-at-20" / "checkpoint-00000020.safetensors")
+    torch.testing.assert_close(
+        weights["model-00000020"]["lm_head.bias"], saved["head_bias"], atol=0, rtol=0
+    )
+
+
+# ------------------------------------------------------------------------------------- benchmark
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": 3, "heads": 4}, {"mask_share": 0.5}])
+def test_the_operations_of_a_step_are_those_that_torch_counts(changes):
+    s = tiny(**changes)  # with dropout, for torch leaves out its fused attention on a CPU
+    tokens = np.random.default_rng(0).integers(SPECIALS, s.pieces, (s.batch, s.positions))
+    model, corpus = MaskedLM(s), train.Corpus(None, tokens, tokens, tokens)
+    batch = train.make_batch(corpus, s, make_dictionary(s), 0).to("cpu")
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.encode(batch.tokens)
+        model.logits(hidden.take_along_dim(batch.masked[..., None], 1))
+    assert 3 * counter.get_total_flops() == train.model_flops(s)
+
+
+@pytest.mark.parametrize("objective", ["dict", "align"])
+def test_a_benchmark_prints_its_two_tables_and_writes_nothing(
+    objective, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    s = tiny(objective=objective)
+    train.benchmark(s, "cpu", compiled=False, repeats=2)
+    lines = capfd.readouterr().out.splitlines()
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    steps, parts = {row[0]: row[1:] for row in rows[2:4]}, {row[0]: row[1:] for row in rows[6:]}
+    assert set(steps) == {"alignmlm", "transformers"} and steps["transformers"][-1] == "1.00"
+    for speed, median, low, high, share, memory, _ in steps.values():
+        assert float(low) <= float(median) <= float(high)
+        tokens = float(speed.replace(",", "")) * float(median) / 1000
+        assert tokens == pytest.approx(s.batch * s.positions, rel=0.1)
+        assert share.endswith("%") and int(memory) >= 0
+    assert len(parts) == 5 + (objective == "align")
+    assert sum(float(percent) for _, percent in parts.values()) == pytest.approx(100, abs=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_benchmark_without_transformers_is_one_line(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--bench"])
+    code, (line,) = failure(capfd, train.main)
+    assert code == 2 and "pip install transformers" in line
+
+
+@pytest.mark.parametrize("there", [{}, {"gcc"}, {"clang", "triton"}, {"gcc", "triton"}])
+def test_a_step_is_compiled_unasked_on_a_gpu_that_has_all_it_takes(there, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(train.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(train, "find_spec", lambda name: name if name in there else None)
+    assert train.compiles("cuda") == (len(there) == 2)
+    assert not train.compiles("cpu")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -578,6 +776,11 @@ BAD = {  # arguments -> what the line names
     "--heads 3": "heads",
     "--batch 6": "batch",
     "--accumulate 3": "batch 8",
+    "--save-every 0": "--save-every",
+    "--keep-every -1": "--keep-every",
+    "--steps many": "--steps: invalid int value: 'many'",
+    "--device tpu": "--device",
+    "--nonsense": "--nonsense",
 }
 
 
@@ -592,6 +795,37 @@ def test_bad_input_is_one_line_that_names_the_place_and_leaves_nothing(
     assert code == 2
     assert len(errors) == 1 and errors[0].startswith("train.py: ") and BAD[given] in errors[0]
     assert not list(Path().glob("runs/*"))
+
+
+def test_without_a_folder_is_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "tiny"])
+    code, (line,) = failure(capfd, train.main)
+    assert code == 2 and "folder" in line and "--help" in line
+
+
+@pytest.mark.parametrize("moment", ["prepare", "pretrain"])
+def test_ctrl_c_outside_of_a_step_is_one_line(moment, root, monkeypatch, capfd):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, moment, interrupted)
+    code, (line,) = failure(capfd, command(monkeypatch, root / "interrupted"))
+    assert code == 130 and line.startswith("train.py: ")
+
+
+def test_help_tells_every_setting_its_defaults_and_the_exit_codes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        train.guarded(train.main)
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0 and "128 + n" in text
+    for field in dataclasses.fields(Settings):
+        values = [str(getattr(s, field.name)) for s in train.PRESETS.values()]
+        values = ", ".join(values if len(set(values)) > 1 else values[:1])
+        option = "--" + field.name.replace("_", "-")
+        meaning = field.metadata.get("help", "")
+        kind = rf" {field.type.__name__}" if field.type is not bool else f", --no{option[1:]}"
+        assert " ".join(f"{option}{kind} {meaning} ({values})".split()) in text
 
 
 @pytest.mark.parametrize("place", ["file", "file/one", "file/runs/one"])
@@ -617,6 +851,45 @@ def test_other_settings_are_refused_by_name(root, reference, monkeypatch, capfd)
     assert code == 2 and len(errors) == 1 and "sentences 1500" in errors[0]
 
 
+def test_another_commit_or_version_is_noted_and_not_refused(root, reference, monkeypatch):
+    reference("mlm")
+    path, record = root / "whole-mlm" / "settings.json", train.record_of(tiny(), SOURCE)
+    assert path.read_text() == json.dumps(record, indent=2) + "\n"
+    train.refuse_other(path, record | {"commit": "another", "versions": {"torch": "0.1"}})
+
+
+def test_the_commit_is_the_codes_own_and_says_if_it_was_changed(tmp_path, monkeypatch):
+    def git(*words):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *name, *words], cwd=tmp_path, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def commit():
+        train.commit.cache_clear()
+        return train.commit()
+
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    code = tmp_path / "train.py"
+    code.write_text("first")
+    monkeypatch.setattr(train, "__file__", str(code))
+    assert commit() is None
+    git("init")
+    git("add", "train.py")
+    git("commit", "-m", "one")
+    git("tag", "-m", "a tag", "v1")
+    head = git("rev-parse", "HEAD")
+    assert len(head) == 40 and commit() == head
+    monkeypatch.chdir(inside)
+    code.write_text("second")
+    assert commit() == head + "+changes"
+    monkeypatch.setattr(train, "__file__", str(inside / "train.py"))
+    assert commit() is None  # a copy in another's checkout
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
+    train.commit.cache_clear()
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"settings": 3}', b"\xff"])
 def test_damaged_settings_are_named(content, tmp_path, monkeypatch, capfd):
     (tmp_path / "one").mkdir()
@@ -634,4 +907,6 @@ def test_the_command_line_trains(root, reference, monkeypatch, capfd):
     record = json.loads((folder / "settings.json").read_text())
     assert record["settings"] == vars(tiny()) and record["source"]["sentences"] == 1500
     assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["numpy"] == np.__version__
+    assert set(record["versions"]) == {"python", "torch", "triton", "numpy", "sentencepiece"}
     assert [line["step"] for line in log_of(folder)] == [20, 40, 50]
