@@ -1,26 +1,34 @@
 """Fine-tune a pre-trained model in one language, test it in both, and report.
 
-    python eval.py pos runs/align                   POS tagging and alignment of one run
-    python eval.py grid --out runs/tiny             every objective and seed, then the report
-    python eval.py report runs/tiny                 table, figures and results.json of those runs
+    python eval.py pos runs/align         one task (pos, ner, nli, qa) and the alignment of one run
+    python eval.py curve runs/align       POS and alignment along its pre-training (--keep-every)
+    python eval.py grid --out runs/tiny   every objective, transformation and seed, then the report
+    python eval.py report runs/tiny       tables, figures and results.json of those runs
 
-The measures are the paper's. BZ, bilingual zero-shot: fine-tuned on the original
-language, tested on the derived one. BS, bilingual supervised: fine-tuned and tested on the derived
-one. Delta = BZ - BS is what zero-shot costs. "source": fine-tuned and tested on the original.
+The measures are the paper's. BZ, bilingual zero-shot: fine-tuned on the original language, tested
+on the derived one. BS, bilingual supervised: fine-tuned and tested on the derived one. Delta =
+BZ - BS is what zero-shot costs. "source": fine-tuned and tested on the original.
 """
 
 import argparse
+import contextlib
 import copy
+import dataclasses
+import fcntl
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
+import signal
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -30,19 +38,20 @@ import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from scipy.special import log_softmax
 from torch import nn
 from tqdm import tqdm
 
 import synth_lang
 import train
-from alignmlm import BOS, EOS, OBJECTIVES, PAD, MaskedLM, Settings
+from alignmlm import BOS, DAMAGE, EOS, OBJECTIVES, PAD, MaskedLM, Settings
 from alignmlm import alignment_score, from_hf, make_dictionary, preset, write_text
 from train import Languages, Source, make_optimizer, order_of, prepare
 
 SCORES = ("source", "BS", "BZ", "Delta")
+ALIGNMENTS = ("all", "outside", "outside rotated")
 NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
-TUNE_SENTENCES = 6_000  # of the built-in language
-TEST_SENTENCES = 1_000
+BUILT_IN_EXAMPLES = 6_000, 1_000  # to learn from and to test on
 
 # The paper's numbers, English: (transformation, objective) -> BS and BZ of NLI (accuracy), of NER
 # (entity F1) and of POS (F1), then alignment; all in percent.
@@ -62,47 +71,240 @@ PUBLISHED = {
     ("transliterate+syntax", "align"): (74.7, 71.1, 71.3, 58.3, 93.7, 92.9, 98.2),
 }
 
-# --------------------------------------------------------------------------------- POS tagging
+# --------------------------------------------------------------------------------------- tasks
+# A task makes rows of its examples and says what the head is to say at which token. POS tagging
+# is the plainest; the others differ from it in a method or two.
 
-UNTAGGED = -100  # a later sub-word of a word, and specials
+SILENT = -100  # the label where the head's word does not count
+
+
+class Row(NamedTuple):
+    """An example, or a window of one, as the encoder reads it."""
+
+    tokens: np.ndarray  # (T,) int64, BOS ... EOS
+    labels: np.ndarray  # (T,) int64, SILENT where nothing is asked
+    answer: tuple = ()  # of QA: the question's number, the words at the labels, the right answers
 
 
 @dataclass
-class Tagged:
-    """Sentences of one language as ids, each word's tag at its first sub-word."""
+class Side:
+    """One of the two languages, into which examples are put."""
 
-    tokens: list[np.ndarray]  # (T,) int64 each, BOS ... EOS
-    tags: list[np.ndarray]  # (T,) int64 each, UNTAGGED elsewhere
-    language: int
+    languages: Languages
+    derived: bool
+    length: int  # ids in a row, at most
+
+    def encode(self, sentence: synth_lang.Sentence, index: int):
+        """The sentence in this language, and the ids of each of its words."""
+        if self.derived:
+            sentence = self.languages.derive(sentence, index)
+        return sentence, self.languages.encode(sentence.words, self.derived)
 
 
-def encode_tagged(
-    sentences: Iterable[synth_lang.Sentence], tags: list[str], languages: Languages, derived: bool,
-    length: int,
-) -> Tagged:  # fmt: skip
-    """Sentences as ids, in one language; labels are indices in `tags`.
+class Pos:
+    """A tag for each word, said at its first sub-word; what is beyond the row's end is left out."""
 
-    A sentence is cut after `length` ids; the words beyond are neither learned from nor scored.
-    """
-    number = {tag: i for i, tag in enumerate(tags)}
-    encoded = Tagged([], [], int(derived))
-    for index, sentence in enumerate(sentences):
-        if derived:
-            sentence = languages.derive(sentence, index)
-        tokens, labels = [BOS], [UNTAGGED]
-        for tag, word in zip(sentence.upos, languages.encode(sentence.words, derived), strict=True):
+    measures = ("accuracy",)  # in percent; with one tag a word also the micro-F1
+    generate, read = map(staticmethod, (synth_lang.generate, synth_lang.read_conllu))
+
+    def __init__(self, examples: list):
+        """examples: those to learn from, which have all the labels that there are."""
+        self.names = sorted({name for example in examples for name in self.labels_of(example)})
+
+    @staticmethod
+    def labels_of(sentence) -> list[str]:
+        return sentence.upos
+
+    def rows(self, sentence, index: int, side: Side) -> Iterator[Row]:
+        sentence, words = side.encode(sentence, index)
+        tokens, labels = [BOS], [SILENT]
+        for name, word in zip(self.labels_of(sentence), words, strict=True):
             tokens += word
-            labels += [number[tag]] + [UNTAGGED] * (len(word) - 1)
-        encoded.tokens.append(np.array([*tokens[: length - 1], EOS]))
-        encoded.tags.append(np.array([*labels[: length - 1], UNTAGGED]))
-    return encoded
+            labels += [self.names.index(name)] + [SILENT] * (len(word) - 1)
+        cut = slice(side.length - 1)
+        yield Row(np.array([*tokens[cut], EOS]), np.array([*labels[cut], SILENT]))
+
+    def loss(self, logits, labels):
+        """Of logits (B, T, names) and labels (B, T) int64."""
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=SILENT)
+
+    def score(self, rows: list[Row], logits: list[np.ndarray]) -> tuple[float, ...]:
+        """The measures, of logits (T, names) for each row."""
+        pairs = zip(rows, logits, strict=True)
+        right = [(x.argmax(-1) == row.labels)[row.labels != SILENT] for row, x in pairs]
+        return (100 * float(np.concatenate(right).mean()),)
 
 
-def batches(data: Tagged, size: int, rng: np.random.Generator | None = None):
-    """Padded (tokens, tags) of `size` sentences of about equal length; shuffled with an rng."""
-    order = np.arange(len(data.tokens)) if rng is None else rng.permutation(len(data.tokens))
-    lengths = np.array([len(t) for t in data.tokens])
-    pool = 16 * size  # sentences sorted together: little padding, and still shuffled
+class Ner(Pos):
+    """Named entities in BIO tags."""
+
+    measures = ("F1",)  # of whole entities, as CoNLL-2003 and seqeval count
+    read = staticmethod(synth_lang.read_bio)
+
+    @staticmethod
+    def labels_of(sentence) -> list[str]:
+        return sentence.entities
+
+    def score(self, rows, logits):
+        both = all_of_them = 0
+        for row, x in zip(rows, logits, strict=True):
+            asked = row.labels != SILENT
+            gold, found = (
+                entities([self.names[i] for i in labels[asked]])
+                for labels in (row.labels, x.argmax(-1))
+            )
+            both += len(gold & found)
+            all_of_them += len(gold) + len(found)
+        return (200 * both / all_of_them if all_of_them else 0.0,)
+
+
+def entities(tags: list[str]) -> set[tuple[str, int, int]]:
+    """(type, first word, last word + 1) of the entities in BIO tags, well-formed or not.
+
+    An `I-` that continues nothing of its type begins an entity, as in the CoNLL-2003 scorer.
+    """
+    found, start = set(), 0
+    for place, (last, tag) in enumerate(itertools.pairwise(["O", *tags, "O"])):
+        if tag[0] == "B" or tag[2:] != last[2:]:
+            if last != "O":
+                found.add((last[2:], start, place))
+            start = place
+    return found
+
+
+class Nli(Pos):
+    """Does the premise entail the hypothesis? Said at BOS of BOS premise EOS hypothesis EOS."""
+
+    generate = staticmethod(synth_lang.generate_inferences)
+    read = staticmethod(synth_lang.read_inferences)
+
+    @staticmethod
+    def labels_of(example) -> list[str]:
+        return [example.label]
+
+    def rows(self, example, index, side):
+        sides = (side.encode(part, index)[1] for part in (example.premise, example.hypothesis))
+        premise, hypothesis = (list(itertools.chain(*words)) for words in sides)
+        del hypothesis[side.length // 2 :]
+        del premise[side.length - 3 - len(hypothesis) :]
+        tokens = np.array([BOS, *premise, EOS, *hypothesis, EOS])
+        labels = np.full(len(tokens), SILENT)
+        labels[0] = self.names.index(example.label)
+        yield Row(tokens, labels)
+
+
+class Qa:
+    """Extractive question answering: BOS question EOS context EOS, and where the answer is in it.
+
+    Asked are BOS and the context's words, each at its first sub-word; a label's bits say that the
+    answer begins (1) or ends (2) there. A context too long for a row becomes several, overlapping
+    by half; in those without the whole answer it begins and ends at BOS (Devlin et al. 2019).
+    """
+
+    measures = "F1", "exact match"  # as SQuAD defines them
+    generate = staticmethod(synth_lang.generate_questions)
+    read = staticmethod(synth_lang.read_questions)
+    names = "begins", "ends"
+
+    def __init__(self, examples: list):
+        pass
+
+    @staticmethod
+    def labels_of(example) -> list[str]:
+        return []
+
+    def rows(self, example, index, side):
+        question = list(itertools.chain(*side.encode(example.question, index)[1]))
+        question = question[: side.length // 2]
+        room = side.length - 3 - len(question)
+        words, ids, spans = [], [], []
+        for sentence in example.context:
+            sentence, encoded = side.encode(sentence, index)
+            spans += [(len(words) + start, len(words) + end) for start, end in sentence.spans]
+            words += sentence.words
+            ids += [word[:room] for word in encoded]
+        answers, (first, last) = [words[start:end] for start, end in spans], spans[0]
+        ends = np.cumsum([0, *map(len, ids)])
+        begin = end = 0
+        while end < len(words):
+            end = int(np.searchsorted(ends, ends[begin] + room, "right")) - 1
+            inside = begin <= first and last <= end
+            tokens, labels = [BOS, *question, EOS], [0 if inside else 3]
+            labels += [SILENT] * (len(question) + 1)
+            for place in range(begin, end):
+                tokens += ids[place]
+                label = (place == first) + 2 * (place == last - 1) if inside else 0
+                labels += [label] + [SILENT] * (len(ids[place]) - 1)
+            yield Row(np.array([*tokens, EOS]), np.array([*labels, SILENT]),
+                      (index, words[begin:end], answers))  # fmt: skip
+            begin = max(begin + 1, (begin + end) // 2)
+
+    def loss(self, logits, labels):
+        logits = logits.float().masked_fill((labels == SILENT)[..., None], -math.inf)
+        bits = torch.tensor([1, 2], device=labels.device)
+        right = labels.clamp(min=0)[..., None] & bits > 0  # (B, T, 2)
+        return -logits.log_softmax(1)[right].mean()
+
+    def score(self, rows, logits):
+        best = {}
+        for row, x in zip(rows, logits, strict=True):
+            number, words, answers = row.answer
+            begins, ends = log_softmax(x[row.labels != SILENT], axis=0)[1:].T  # at BOS: no answer
+            likely = np.where(np.tri(len(words)).T, begins[:, None] + ends, -math.inf)
+            start, end = np.unravel_index(likely.argmax(), likely.shape)
+            found = float(likely[start, end]), words[start : end + 1], answers
+            best[number] = max(found, best.get(number, found), key=lambda one: one[0])
+        pairs = [[overlap(words, gold) for gold in answers] for _, words, answers in best.values()]
+        return tuple(100 * float(x) for x in np.mean([np.max(some, axis=0) for some in pairs], 0))
+
+
+def overlap(words: list[str], gold: list[str]) -> tuple[float, float]:
+    """SQuAD's F1 of the words in common, and 1 for an exact match; without case, punctuation and
+    articles (Rajpurkar et al. 2016)."""
+    words, gold = (
+        [w for w in re.sub(r"[!-/:-@[-`{-~]", "", " ".join(some).lower()).split()
+         if w not in ("a", "an", "the")]
+        for some in (words, gold)
+    )  # fmt: skip
+    common = (Counter(words) & Counter(gold)).total()
+    f1 = 2 * common / (len(words) + len(gold)) if words and gold else float(words == gold)
+    return f1, float(words == gold)
+
+
+TASKS = {"pos": Pos, "ner": Ner, "nli": Nli, "qa": Qa}
+
+
+def load_task(name: str, files: tuple, source: Source, languages: Languages, length: int):
+    """A task and its rows, [training, test][original, derived].
+
+    files: to learn from and to test on; where None, examples of the built-in language.
+    """
+    kind = TASKS[name]
+    if (source.corpus or source.treebank) and None in files:
+        raise ValueError(f"{name}: trained on natural text: give --train and --test files")
+    examples = [
+        list(kind.read(file) if file else kind.generate(count, seed))
+        for file, count, seed in zip(files, BUILT_IN_EXAMPLES, (1, 2), strict=True)
+    ]
+    task = kind(examples[0])
+    for unknown in {n for e in examples[1] for n in kind.labels_of(e)}.difference(task.names):
+        there = files[0] or "the built-in language"
+        raise ValueError(f"{files[1]}: label {unknown!r} is never in {there}: take it out")
+    sides = [Side(languages, derived, length) for derived in (False, True)]
+    return task, [
+        [[row for i, e in enumerate(part) for row in task.rows(e, i, side)] for side in sides]
+        for part in examples
+    ]
+
+
+# ------------------------------------------------------------------------------- fine-tuning
+
+
+def batches(rows: list[Row], size: int, rng: np.random.Generator | None = None):
+    """Which rows, of about equal length, and their padded tokens and labels; shuffled by an rng."""
+    order = np.arange(len(rows)) if rng is None else rng.permutation(len(rows))
+    lengths = np.array([len(row.tokens) for row in rows])
+    pool = 16 * size  # rows sorted together: little padding, and still shuffled
     pools = [order[i : i + pool] for i in range(0, len(order), pool)]
     ordered = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
     chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -110,43 +312,46 @@ def batches(data: Tagged, size: int, rng: np.random.Generator | None = None):
         rng.shuffle(chunks)
     for chunk in chunks:
         shape = len(chunk), lengths[chunk].max()
-        tokens, tags = np.full(shape, PAD), np.full(shape, UNTAGGED)
-        for row, i in enumerate(chunk):
-            tokens[row, : lengths[i]], tags[row, : lengths[i]] = data.tokens[i], data.tags[i]
-        yield torch.from_numpy(tokens), torch.from_numpy(tags)
+        tokens, labels = np.full(shape, PAD), np.full(shape, SILENT)
+        for at, i in enumerate(chunk):
+            tokens[at, : lengths[i]], labels[at, : lengths[i]] = rows[i].tokens, rows[i].labels
+        yield chunk, torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
 class Tagger(nn.Module):
-    """The encoder and a linear layer over its hidden states."""
+    """The encoder and a linear layer over its hidden states: the head of every task."""
 
-    def __init__(self, encoder: MaskedLM, tags: int):
+    def __init__(self, encoder: MaskedLM, names: int):
         super().__init__()
         self.encoder = encoder
-        self.classifier = nn.Linear(encoder.settings.width, tags)
+        self.classifier = nn.Linear(encoder.settings.width, names)
         self.dropout = nn.Dropout(encoder.settings.dropout)
 
     def forward(self, tokens, language: int):
-        """tokens (B, T) int64, padded -> (B, T, tags)."""
+        """tokens (B, T) int64, padded -> (B, T, names)."""
         languages = torch.full_like(tokens, language)
-        return self.classifier(self.dropout(self.encoder.encode(tokens, languages, padded=True)))
+        on_gpu = tokens.device.type != "cpu"
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            hidden = self.encoder.encode(tokens, languages, padded=True)
+            return self.classifier(self.dropout(hidden)).float()
 
 
-def fine_tune(encoder: MaskedLM, data: Tagged, tags: int, s: Settings) -> Tagger:
-    """A tagger trained on `data`; the encoder given is left as it was."""
+def fine_tune(encoder: MaskedLM, task: Pos | Qa, rows: list[Row], language: int) -> Tagger:
+    """A model of the task trained on rows of a language; the encoder given stays as it was."""
+    s = encoder.settings
     torch.manual_seed(s.seed)
     rng = np.random.default_rng([s.seed, 5])
-    tagger = Tagger(copy.deepcopy(encoder), tags).train()
+    tagger = Tagger(copy.deepcopy(encoder), len(task.names)).to(encoder.head_bias.device).train()
     tagger.encoder.word_embeddings.weight.requires_grad_(not s.freeze_embeddings)
     optimizer = make_optimizer(tagger, s)
-    steps = s.tune_epochs * -(-len(data.tokens) // s.tune_batch)
-    device = next(tagger.parameters()).device
+    steps = s.tune_epochs * -(-len(rows) // s.tune_batch)
+    device = encoder.head_bias.device
     step = 0
     for _ in range(s.tune_epochs):
-        for tokens, labels in batches(data, s.tune_batch, rng):
+        for _, tokens, labels in batches(rows, s.tune_batch, rng):
             for group in optimizer.param_groups:
                 group["lr"] = s.tune_rate * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
-            logits = tagger(tokens.to(device), data.language).flatten(0, 1)
-            F.cross_entropy(logits, labels.to(device).flatten(), ignore_index=UNTAGGED).backward()
+            task.loss(tagger(tokens.to(device), language), labels.to(device)).backward()
             torch.nn.utils.clip_grad_norm_(tagger.parameters(), s.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -155,77 +360,84 @@ def fine_tune(encoder: MaskedLM, data: Tagged, tags: int, s: Settings) -> Tagger
 
 
 @torch.no_grad()
-def accuracy(tagger: Tagger, data: Tagged) -> float:
-    """Percent of the words tagged right; with one tag a word this is also the micro-F1."""
+def measure(tagger: Tagger, task: Pos | Qa, rows: list[Row], language: int) -> tuple[float, ...]:
+    """The task's measures, in percent, on rows of a language."""
     tagger.eval()
-    device = next(tagger.parameters()).device
-    right = words = 0
-    for tokens, labels in batches(data, 64):
-        labels = labels.to(device)
-        guessed = tagger(tokens.to(device), data.language).argmax(-1)
-        right += int((guessed == labels).sum())
-        words += int((labels != UNTAGGED).sum())
-    return 100 * right / words
+    logits = [None] * len(rows)
+    for chunk, tokens, _ in batches(rows, 64):
+        said = tagger(tokens.to(tagger.classifier.weight.device), language).cpu().numpy()
+        for i, x in zip(chunk, said, strict=True):
+            logits[i] = x[: len(rows[i].tokens)]
+    return task.score(rows, logits)
 
 
-def read_run(folder: Path) -> tuple[MaskedLM, Settings, Source, Languages]:
+def read_run(folder: Path, model: str = "model") -> tuple[MaskedLM, Source, Languages]:
     """A finished run of train.py. ValueError, naming the file, if it is not one."""
     path = folder / "settings.json"
     try:
         record = json.loads(path.read_text())
         s, source = Settings(**record["settings"]), Source(**record["source"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        languages = Languages(folder / "tokenizer.model", s, order_of(source))
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a run of train.py: {error}") from error
-    model = from_hf(folder / "model", s)
-    return model, s, source, Languages(folder / "tokenizer.model", s, order_of(source))
+    return from_hf(folder / model, s), source, languages
 
 
-def read_tagged(path: str | None, sentences: int, seed: int) -> list[synth_lang.Sentence]:
-    """From a CoNLL-U file or, without one, of the built-in language."""
-    return list(synth_lang.read_conllu(path) if path else synth_lang.generate(sentences, seed))
+def alignment_of(model: MaskedLM) -> dict[str, float | None]:
+    alignment = alignment_score(model, make_dictionary(model.settings))
+    return {k: None if math.isnan(v) else v for k, v in alignment.items()}
 
 
-def pos(folder: Path, training_file: str | None, test_file: str | None, device: str) -> dict:
-    """Fine-tune and test a run on POS tagging, measure its alignment; write folder/pos.json."""
+def evaluate(folder: Path, name: str, files: tuple, device: str) -> dict:
+    """Fine-tune and test a run on a task, measure its alignment; write folder/NAME.json."""
     started = time.perf_counter()
-    model, s, source, languages = read_run(folder)
-    if (source.corpus or source.treebank) and not (training_file and test_file):
-        raise ValueError(
-            f"{folder}: trained on natural text: give --train and --test CoNLL-U files"
-        )
-    training = read_tagged(training_file, TUNE_SENTENCES, seed=1)
-    test = read_tagged(test_file, TEST_SENTENCES, seed=2)
-    tags = sorted({tag for sentence in training for tag in sentence.upos})
-    for sentence in test:
-        for tag in set(sentence.upos) - set(tags):
-            there = training_file or "the built-in language"
-            raise ValueError(f"{test_file}: tag {tag!r} is never in {there}: take it out")
-
+    model, source, languages = read_run(folder)
+    s = model.settings
+    task, (training, test) = load_task(name, files, source, languages, s.tune_length)
     model.to(device)
-    sets = [
-        [encode_tagged(part, tags, languages, derived, s.tune_length) for derived in (False, True)]
-        for part in (training, test)
-    ]
-    (training_original, training_derived), (test_original, test_derived) = sets
-    zero_shot = fine_tune(model, training_original, len(tags), s)
-    supervised = fine_tune(model, training_derived, len(tags), s)
-    scores = {
-        "source": accuracy(zero_shot, test_original),
-        "BZ": accuracy(zero_shot, test_derived),
-        "BS": accuracy(supervised, test_derived),
+    zero_shot, supervised = (fine_tune(model, task, training[i], i) for i in (0, 1))
+    found = {
+        "source": measure(zero_shot, task, test[0], 0),
+        "BZ": measure(zero_shot, task, test[1], 1),
+        "BS": measure(supervised, task, test[1], 1),
     }
-    scores["Delta"] = scores["BZ"] - scores["BS"]
-    alignment = alignment_score(model, make_dictionary(s))
+    scores = [{k: v[i] for k, v in found.items()} for i in range(len(task.measures))]
+    for score in scores:
+        score["Delta"] = score["BZ"] - score["BS"]
     cell = {
+        "task": name,
         "objective": s.objective,
         "transform": s.transform,
         "seed": s.seed,
-        **scores,
-        "alignment": {k: None if math.isnan(v) else v for k, v in alignment.items()},
+        **scores[0],
+        "other measures": dict(zip(task.measures[1:], scores[1:], strict=True)),
+        "alignment": alignment_of(model),
+        "settings": dataclasses.asdict(s),
+        "files": files,
         "seconds": time.perf_counter() - started,
     }
-    write_text(folder / "pos.json", json.dumps(cell, indent=2) + "\n")
+    write_text(folder / f"{name}.json", json.dumps(cell, indent=2) + "\n")
     return cell
+
+
+def curve(folder: Path, files: tuple, device: str) -> list[dict]:
+    """POS and alignment of the models kept along a run's pre-training; writes folder/curve.json."""
+    points = []
+    for path in sorted(folder.glob("model-*")):
+        model, source, languages = read_run(folder, path.name)
+        length = model.settings.tune_length
+        task, (training, test) = load_task("pos", files, source, languages, length)
+        model.to(device)
+        tagger = fine_tune(model, task, training[0], 0)
+        scores = {
+            k: measure(tagger, task, test[i], i)[0] for i, k in enumerate(("source", "BZ"))
+        }
+        point = {"step": int(path.name.split("-")[1]), **scores, "alignment": alignment_of(model)}
+        points.append({"objective": model.settings.objective, **point})
+    if not points:
+        raise ValueError(f"{folder}: no model of an earlier step: train with --keep-every")
+    write_text(folder / "curve.json", json.dumps(points, indent=2) + "\n")
+    return points
 
 
 # -------------------------------------------------------------------------------------- report
@@ -243,29 +455,51 @@ def correlation(alignment: list[float], delta: list[float]) -> tuple[float, floa
     return float(rho), float(p)
 
 
+def interval(alignment: list[float], delta: list[float]) -> tuple[float, float]:
+    """The middle 95 % of rho over 2,000 bootstrap samples of the cells (Efron 1979)."""
+    cells = np.random.default_rng(0).integers(len(delta), size=(2_000, len(delta)))
+    values = np.array(alignment), -np.round(delta, 6)
+    x, y = (scipy.stats.rankdata(value[cells], axis=1) for value in values)
+    x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
+    scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    known = scale > 0  # not where a sample's values are all equal
+    if not known.any():
+        return math.nan, math.nan
+    return tuple(np.percentile((x * y).sum(1)[known] / scale[known], [2.5, 97.5]).tolist())
+
+
 def read_cells(folder: Path) -> list[dict]:
     """All finished cells below a folder, in a fixed order; ValueError for one that is not."""
     cells = []
-    for path in sorted(folder.glob("*/pos.json")):
+    for path in sorted(path for name in TASKS for path in folder.glob(f"*/{name}.json")):
         try:
             cell = json.loads(path.read_text())
             # these are there to fail where something is missing, unknown or no number
             synth_lang.parse_transform(cell["transform"])
-            key = cell["transform"], list(NAMES).index(cell["objective"]), int(cell["seed"])
+            place = list(TASKS).index(cell["task"]), cell["transform"]
+            key = *place, list(NAMES).index(cell["objective"]), int(cell["seed"]), str(path)
+            cell["settings"]["seed"], cell["other measures"].values()
+            cell["settings"] = dataclasses.asdict(Settings(**cell["settings"]))
             math.fsum([*(cell[score] for score in SCORES), cell["alignment"]["all"]])
-            math.fsum([cell["alignment"]["outside"] or 0.0])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            math.fsum(cell["alignment"][over] or 0.0 for over in ALIGNMENTS)
+        except DAMAGE as error:
             raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
-        cells.append((key, cell))
+        cells.append((key, cell | {"condition": cell["transform"]}))
     if not cells:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
-    return [cell for _, cell in sorted(cells, key=lambda pair: pair[0])]
+    cells = [cell for _, cell in sorted(cells, key=lambda pair: pair[0])]
+    told = "objective", "transform", "seed", "languages"
+    for name in (name for name in cells[0]["settings"] if name not in told):
+        if len({cell["settings"][name] for cell in cells}) > 1:
+            for cell in cells:  # an ablation: what varies tells the rows apart
+                cell["condition"] += f", {name} {cell['settings'][name]}"
+    return cells
 
 
 def groups(cells: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """Cells that differ in their seed alone."""
-    keys = dict.fromkeys((c["transform"], c["objective"]) for c in cells)
-    return {k: [c for c in cells if (c["transform"], c["objective"]) == k] for k in keys}
+    keys = dict.fromkeys((c["condition"], c["objective"]) for c in cells)
+    return {k: [c for c in cells if (c["condition"], c["objective"]) == k] for k in keys}
 
 
 def spread(values: list[float]) -> str:
@@ -276,151 +510,296 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.1f}{deviation}"
 
 
-def table(cells: list[dict]) -> str:
-    """POS in the paper's layout, markdown; the published numbers at the right."""
+def table(task: str, cells: list[dict]) -> str:
+    """The cells of a task in the paper's layout, markdown; the published numbers at the right."""
     lines = [
+        f"{task.upper()}, {TASKS[task].measures[0]}:\n",
         "| transformation | objective | seeds | source | BS | BZ | Delta | alignment "
-        "| outside D | paper: BS | BZ | alignment |",
-        "| --- " * 2 + "| ---: " * 10 + "|",
+        "| outside D | rotated | paper: BS | BZ | alignment |",
+        "| --- " * 2 + "| ---: " * 11 + "|",
     ]
-    for (transform, objective), same in groups(cells).items():
-        row = [transform, NAMES[objective], str(len(same))]
+    columns = [f"{task.upper()} BS", f"{task.upper()} BZ", "alignment"]
+    for (condition, objective), same in groups(cells).items():
+        row = [condition, NAMES[objective], str(len(same))]
         row += [spread([c[column] for c in same]) for column in SCORES]
-        row += [spread([c["alignment"][over] for c in same]) for over in ("all", "outside")]
-        published = PUBLISHED.get((transform, objective), ("-",) * len(PUBLISHED_COLUMNS))
-        row += [str(value) for value in published[PUBLISHED_COLUMNS.index("POS BS") :]]
+        row += [spread([c["alignment"][over] for c in same]) for over in ALIGNMENTS]
+        published = PUBLISHED.get((condition, objective), ())
+        published = dict(zip(PUBLISHED_COLUMNS, published, strict=False))
+        row += [str(published.get(column, "-")) for column in columns]
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    for measure in cells[0]["other measures"]:
+        found = [
+            f"{NAMES[objective]} {spread([c['other measures'][measure]['BZ'] for c in same])}"
+            for (_, objective), same in groups(cells).items()
+        ]
+        text += f"\n{measure}, BZ: {', '.join(found)}.\n"
+    if len(cells) > 2:
+        text += f"\n{rho_of(cells)}.\n"
+    return text
 
 
-def draw_delta(cells: list[dict], path: Path) -> None:
-    """BS and BZ of every objective, a panel a transformation; a dot is a seed, the number Delta."""
-    transforms = list(dict.fromkeys(c["transform"] for c in cells))
-    figure, axes = plt.subplots(1, len(transforms), sharey=True, squeeze=False,
-                                figsize=(1 + 4 * len(transforms), 4), layout="constrained")
-    for transform, axis in zip(transforms, axes[0], strict=True):
-        same = {o: g for (t, o), g in groups(cells).items() if t == transform}
-        for offset, score, shade, hatch in ((-0.2, "BS", "0.85", ""), (0.2, "BZ", "0.55", "//")):
+def rho_of(cells: list[dict]) -> str:
+    values = [c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells]
+    (rho, p), (low, high) = correlation(*values), interval(*values)
+    return (
+        f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, {len(cells)} cells, "
+        f"95 % of bootstrap samples {low:.2f} to {high:.2f})"
+    )
+
+
+def panels(rows: int, columns: int, height: float = 3.6):
+    """A figure, and its rows of axes."""
+    size = 1 + 4 * columns, height * rows
+    return plt.subplots(rows, columns, sharey="row", squeeze=False, figsize=size,
+                        layout="constrained")  # fmt: skip
+
+
+def save(figure, path: Path) -> None:
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=120, metadata={"Software": None})
+    part.replace(path)
+    plt.close(figure)
+
+
+def draw_delta(tasks: dict[str, list[dict]], path: Path) -> None:
+    """BS and BZ of every objective, a row a task, a panel a transformation; a dot is a seed, the
+    number Delta."""
+    conditions = list(dict.fromkeys(c["condition"] for cells in tasks.values() for c in cells))
+    figure, axes = panels(len(tasks), len(conditions))
+    for (task, cells), row in zip(tasks.items(), axes, strict=True):
+        for condition, axis in zip(conditions, row, strict=True):
+            same = {o: g for (c, o), g in groups(cells).items() if c == condition}
+            for offset, score, shade, hatch in ((-0.2, "BS", ".85", ""), (0.2, "BZ", ".55", "//")):
+                for place, group in enumerate(same.values()):
+                    values = [c[score] for c in group]
+                    axis.bar(place + offset, np.mean(values), 0.38, color=shade, hatch=hatch,
+                             edgecolor="black", label=score if place == 0 else None)
+                    axis.plot([place + offset] * len(values), values, "k.", markersize=5)
             for place, group in enumerate(same.values()):
-                values = [c[score] for c in group]
-                axis.bar(place + offset, np.mean(values), 0.38, color=shade, hatch=hatch,
-                         edgecolor="black", label=score if place == 0 else None)
-                axis.plot([place + offset] * len(values), values, "k.", markersize=5)
-        for place, group in enumerate(same.values()):
-            top = 3 + max(c["BZ"] for c in group)
-            axis.text(place + 0.2, top, f"{np.mean([c['Delta'] for c in group]):+.0f}", ha="center")
-        axis.set_xticks(range(len(same)), [NAMES[o] for o in same])
-        axis.set_title(transform)
-    axes[0][0].set_ylabel("POS accuracy, %, and Delta")
+                top, delta = 3 + max(c["BZ"] for c in group), np.mean([c["Delta"] for c in group])
+                axis.text(place + 0.2, top, f"{delta:+.0f}", ha="center")
+            axis.set_xticks(range(len(same)), [NAMES[o] for o in same])
+            axis.set_title(condition)
+        row[0].set_ylabel(f"{task.upper()} {TASKS[task].measures[0]}, %, and Delta")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)
 
 
-def draw_alignment(cells: list[dict], title: str, path: Path) -> None:
-    """Delta against alignment, a mark a cell; the shape tells the objective."""
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for marker, (objective, name) in zip("os^D", NAMES.items(), strict=True):
-        same = [c for c in cells if c["objective"] == objective]
-        axis.plot([c["alignment"]["all"] for c in same], [c["Delta"] for c in same], marker,
-                  label=name, markerfacecolor="none", markeredgecolor="black")  # fmt: skip
-    axis.set_title(title)
-    axis.set_xlabel("alignment, % of the words")
-    axis.set_ylabel("Delta = BZ - BS, points")
-    axis.legend()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+def draw_alignment(tasks: dict[str, list[dict]], path: Path) -> None:
+    """Delta against alignment, a panel a task, a mark a cell; the shape tells the objective."""
+    figure, axes = panels(1, len(tasks))
+    for (task, cells), axis in zip(tasks.items(), axes[0], strict=True):
+        for marker, (objective, name) in zip("os^D", NAMES.items(), strict=True):
+            same = [c for c in cells if c["objective"] == objective]
+            axis.plot([c["alignment"]["all"] for c in same], [c["Delta"] for c in same], marker,
+                      label=name, markerfacecolor="none", markeredgecolor="black")  # fmt: skip
+        found = f"\n{rho_of(cells).replace(' (', chr(10) + '(')}" if len(cells) > 2 else ""
+        axis.set_title(f"{task.upper()}{found}", fontsize="small")
+        axis.set_xlabel("alignment, % of the words")
+    axes[0][0].set_ylabel("Delta = BZ - BS, points")
+    axes[0][0].legend()
+    save(figure, path)
+
+
+def draw_curves(runs: list[list[dict]], path: Path) -> None:
+    """BZ, and alignment of all words and of those outside D, over pre-training; a line a run."""
+    shown = {
+        "POS BZ, %": lambda point: point["BZ"],
+        "alignment, % of the words": lambda point: point["alignment"]["all"],
+        "alignment outside D, %": lambda point: point["alignment"]["outside"],
+    }
+    figure, axes = panels(1, len(shown))
+    styles = dict(zip(NAMES, ("o-", "s--", "^:", "D-."), strict=True))
+    for axis, (label, value) in zip(axes[0], shown.items(), strict=True):
+        for points in runs:
+            objective, steps = points[0]["objective"], [point["step"] for point in points]
+            axis.plot(steps, list(map(value, points)), styles[objective], color="black",
+                      label=NAMES[objective], markerfacecolor="none")  # fmt: skip
+        axis.set_xlabel("step")
+        axis.set_title(label)
+        axis.tick_params(labelleft=True)
+    lines = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    axes[0][0].legend(lines.values(), lines.keys())
+    save(figure, path)
 
 
 def report(folder: Path, out: Path) -> str:
-    """results.json, report.md and two figures of all finished cells; returns the table."""
+    """results.json, report.md and figures of all finished cells; returns the tables."""
     cells = read_cells(folder)
     out.mkdir(parents=True, exist_ok=True)
-    text, found = table(cells), ""
-    if len(cells) > 2:
-        rho, p = correlation([c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells])
-        found = f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, "
-        found += f"{len(cells)} cells)"
-        text += f"\n{found}.\n"
+    found = {name: [c for c in cells if c["task"] == name] for name in TASKS}
+    tasks = {name: some for name, some in found.items() if some}
+    text = "\n".join(table(*one) for one in tasks.items())
     write_text(out / "results.json", json.dumps(cells, indent=2) + "\n")
     write_text(out / "report.md", text)
-    draw_delta(cells, out / "delta.png")
-    draw_alignment(cells, found, out / "alignment.png")
+    draw_delta(tasks, out / "delta.png")
+    draw_alignment(tasks, out / "alignment.png")
+    if curves := [json.loads(path.read_text()) for path in sorted(folder.glob("*/curve.json"))]:
+        write_text(out / "curves.json", json.dumps(curves, indent=2) + "\n")
+        draw_curves(curves, out / "curves.png")
     return text
 
 
 # ---------------------------------------------------------------------------------------- grid
 
 
-def run_cell(folder: Path, s: Settings, source: Source, device, threads, tagged, options) -> dict:
-    """One cell from nothing to pos.json, in a process of its own."""
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Whether the cell is this process's alone, until it is done or, however it ends, dead.
+
+    A lock on a file, which the system takes back from a process that has ended. Machines that share
+    the folder need a file system with locks, as NFS has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "claim", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class Stopped(Exception):
+    """The time that was given is over."""
+
+
+def stop(*_):
+    raise Stopped
+
+
+def run_cell(
+    folder: Path, s: Settings, source: Source, tasks: dict, device: str, threads: int, until: float,
+    options: dict,
+) -> list[dict] | None:  # fmt: skip
+    """A cell's run and its tasks, in a process of its own; None if it is another's or unfinished.
+
+    tasks: name -> files. A time that is over stops training as a signal does: saved first.
+    """
     torch.set_num_threads(threads)
-    train.run(folder, s, source, device, *options)
-    return pos(folder, *tagged, device)
+    if until < math.inf:
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, until - time.time()))
+    try:
+        with claim(folder) as mine:
+            if not mine:
+                return None
+            train.run(folder, s, source, device, **options)
+            for name, files in tasks.items():
+                if not (folder / f"{name}.json").exists():
+                    evaluate(folder, name, files, device)
+            if options["keep_every"] and not (folder / "curve.json").exists():
+                curve(folder, tasks.get("pos", (None, None)), device)
+            return [json.loads((folder / f"{name}.json").read_text()) for name in tasks]
+    except (Stopped, SystemExit):  # of train.run, when it has saved
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def grid_cells(args: argparse.Namespace) -> dict[Path, Settings]:
+    """The folder and the settings of every cell."""
+    settings = train.given_settings(args)
+    varied, *values = args.vary or ("seed", "")
+    if one := {"objective", "transform", "seed", varied}.intersection(settings):
+        raise ValueError(f"--{min(one)}: a grid has --objectives, --transforms, --seeds and --vary")
+    types = {field.name: field.type for field in dataclasses.fields(Settings)}
+    if types.get(varied) not in (int, float) or not values:
+        raise ValueError(f"--vary {varied}: give a setting that is a number, and its values")
+    cells = {}
+    for transform, objective, value, seed in itertools.product(
+        args.transforms, args.objectives, values, range(args.seeds)
+    ):
+        given = {"transform": transform, "objective": objective, "seed": seed}
+        name = f"{transform}-{objective}-{seed}"
+        if args.vary:
+            given[varied] = types[varied](value)
+            name += f"-{varied}={value}"
+        cells[args.out / name] = preset(args.preset, **(settings | given))
+    return cells
 
 
 def grid(args: argparse.Namespace) -> None:
-    """Every objective under every transformation with every seed; finished cells are kept."""
-    source, tagged = train.source_of(args), (args.train, args.test)
-    options = args.save_every, args.accumulate, args.compile
-    settings, cells = train.given_settings(args), {}
-    if one := {"objective", "transform", "seed"}.intersection(settings):
-        raise ValueError(f"--{min(one)}: a grid has --objectives, --transforms and --seeds")
-    for transform, objective, seed in itertools.product(
-        args.transforms, args.objectives, range(args.seeds)
-    ):
-        given = {"transform": transform, "objective": objective, "seed": seed}
-        s = preset(args.preset, **(settings | given))
-        cells[args.out / f"{transform}-{objective}-{seed}"] = s
+    """Every objective under every transformation with every seed; what is finished is kept."""
+    source, cells = train.source_of(args), grid_cells(args)
+    files = [args.train or [None] * len(args.tasks), args.test or [None] * len(args.tasks)]
+    if {*map(len, files)} != {len(args.tasks)}:
+        raise ValueError("--train, --test: give a file for each of --tasks, in their order")
+    tasks = dict(zip(args.tasks, zip(*files, strict=True), strict=True))
     for folder, s in cells.items():
         train.refuse_other(folder / "settings.json", train.record_of(s, source))
-    todo = {folder: s for folder, s in cells.items() if not (folder / "pos.json").exists()}
-    for s in {s.transform: s for s in todo.values()}.values():
+    wanted = [f"{name}.json" for name in tasks] + ["curve.json"] * (args.keep_every > 0)
+    todo = {k: s for k, s in cells.items() if not all((k / name).exists() for name in wanted)}
+    for s in {(s.transform, s.overlap, s.vocab_size): s for s in todo.values()}.values():
         prepare(source, s, args.out)  # once, before processes would do it side by side
+    options = {"save_every": args.save_every, "accumulate": args.accumulate,
+               "compiled": args.compile, "keep_every": args.keep_every}  # fmt: skip
+    until = time.time() + 60 * args.minutes
+    threads = args.threads or max(1, os.cpu_count() // args.jobs)
     bar = tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell")
     os.environ["TQDM_DISABLE"] = "1"  # of the processes to come: this is the one progress bar
     context = multiprocessing.get_context("spawn")
-    threads = args.threads or max(1, os.cpu_count() // args.jobs)
+    left, running = iter(todo.items()), set()
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        running = [
-            pool.submit(run_cell, folder, s, source, args.device, threads, tagged, options)
-            for folder, s in todo.items()
-        ]
-        for cell in map(Future.result, as_completed(running)):
-            scores = " ".join(f"{k} {cell[k]:.1f}" for k in ("source", "BS", "BZ"))
-            bar.write(f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}: {scores}")
-            bar.update()
+        while True:
+            free = args.jobs - len(running) if time.time() < until else 0
+            for folder, s in itertools.islice(left, free):
+                running.add(pool.submit(run_cell, folder, s, source, tasks, args.device, threads,
+                                        until, options))  # fmt: skip
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for cell in itertools.chain(*(future.result() or () for future in done)):
+                scores = " ".join(f"{k} {cell[k]:.1f}" for k in ("source", "BS", "BZ"))
+                name = f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}"
+                bar.write(f"{cell['task']} {name}: {scores}")
+            bar.update(sum(future.result() is not None for future in done))
     bar.close()
-    print(report(args.out, args.results or args.out))
+    if missing := sum(not all((k / name).exists() for name in wanted) for k in cells):
+        print(f"{missing} of {len(cells)} cells are unfinished or another's: the same command "
+              "goes on")  # fmt: skip
+    if missing < len(cells):
+        print(report(args.out, args.results or args.out))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(description=__doc__, epilog=train.EXITS, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("pos", help="fine-tune and test one run on POS tagging")
-    one.add_argument("folder", type=Path, help="of a run of train.py")
-    train.add_device(one)
-    several = commands.add_parser("report", help="table and figures of finished runs")
+    singles = [
+        commands.add_parser(name, help=f"fine-tune and test one run on {name.upper()}")
+        for name in TASKS
+    ]
+    singles.append(commands.add_parser("curve", help="POS and alignment along one pre-training"))
+    for single in singles:
+        single.add_argument("folder", type=Path, help="of a run of train.py")
+        single.add_argument("--train", metavar="FILE", help="to fine-tune on (built-in language)")
+        single.add_argument("--test", metavar="FILE")
+        train.add_device(single)
+    several = commands.add_parser("report", help="tables and figures of finished runs")
     several.add_argument("folder", type=Path, help="that holds the runs' folders")
     every = commands.add_parser("grid", help="every objective, transformation and seed")
     every.add_argument("--out", type=Path, default=Path("runs/tiny"), help="(%(default)s)")
+    every.add_argument("--tasks", nargs="+", choices=TASKS, default=["pos"])
+    every.add_argument("--train", nargs="+", metavar="FILE", help="of each task, in their order")
+    every.add_argument("--test", nargs="+", metavar="FILE")
     every.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     every.add_argument("--transforms", nargs="+", default=["transliterate+invert"])
     every.add_argument("--seeds", type=int, default=2, help="(%(default)s)")
+    every.add_argument("--vary", nargs="+", metavar="SETTING VALUE", help="an ablation")
+    every.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="for curves")
+    every.add_argument("--minutes", type=float, default=math.inf, help="then stop, to go on later")
     every.add_argument("--jobs", type=int, help="cells at a time (a core each; 1 on a GPU)")
     train.add_options(every)
-    for command in (one, every):
-        command.add_argument(
-            "--train", metavar="CONLLU", help="to fine-tune on (built-in language)"
-        )
-        command.add_argument("--test", metavar="CONLLU")
     for command in (several, every):
         command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")
     args = parser.parse_args()
-    if args.command == "pos":
-        print(json.dumps(pos(args.folder, args.train, args.test, args.device), indent=2))
+    if args.command in TASKS:
+        cell = evaluate(args.folder, args.command, (args.train, args.test), args.device)
+        print(json.dumps(cell, indent=2))
+    elif args.command == "curve":
+        print(json.dumps(curve(args.folder, (args.train, args.test), args.device), indent=2))
     elif args.command == "report":
         print(report(args.folder, args.results or args.folder))
     else:

@@ -1,15 +1,22 @@
 """Tags that follow their words, zero-shot scores, and a report that says what its runs say."""
 
 import copy
+import dataclasses
 import itertools
 import json
+import math
+import multiprocessing
 import re
+import shutil
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+import seqeval.metrics
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +26,8 @@ import eval as evaluation
 import synth_lang
 import train
 from alignmlm import BOS, EOS, OBJECTIVES, PAD, SPECIALS
-from alignmlm import MaskedLM, Settings, to_hf
-from eval import PUBLISHED, PUBLISHED_COLUMNS, UNTAGGED, Tagged
+from alignmlm import MaskedLM, Settings, preset, to_hf
+from eval import PUBLISHED, PUBLISHED_COLUMNS, SILENT, TASKS, Row, Side
 
 DATA = Path(train.__file__).resolve().parents[1] / "shared" / "data"
 SIZES = {
@@ -105,7 +112,21 @@ def test_rho_is_pearsons_r_of_mean_ranks_and_blind_to_rounding_errors(cells):
         assert evaluation.correlation(list(alignment), list(noisy))[0] == pytest.approx(expected)
 
 
-# --------------------------------------------------------------------------------- POS tagging
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-9, 9)), min_size=3, max_size=8))
+@settings(max_examples=10, deadline=None)
+def test_the_bootstrap_interval_is_of_rho_over_samples_of_the_cells(cells):
+    alignment, delta = (np.array(column) / 10 for column in zip(*cells, strict=True))
+    rng, values = np.random.default_rng(0), []
+    for sample in rng.integers(len(delta), size=(2_000, len(delta))):
+        if len(set(alignment[sample])) > 1 and len(set(delta[sample])) > 1:
+            ranks = [scipy.stats.rankdata(v[sample]) for v in (alignment, -delta)]
+            values.append(np.corrcoef(*ranks)[0, 1])
+    if values:
+        expected = np.percentile(values, [2.5, 97.5])
+        assert evaluation.interval(list(alignment), list(delta)) == pytest.approx(tuple(expected))
+
+
+# --------------------------------------------------------------------------------------- tasks
 
 
 @pytest.fixture(scope="module")
@@ -130,85 +151,214 @@ TRANSFORMS = "transliterate", "transliterate+invert", "transliterate+permute", "
 def test_a_tag_stands_at_its_words_first_sub_word_in_both_languages(
     make_languages, sentences, transform, length
 ):
-    languages, tags = make_languages(transform), TAGS
+    languages, task = make_languages(transform), evaluation.Pos([synth_lang.Sentence([], TAGS)])
+    shift = 150 * ("transliterate" in transform)
     given = [
         synth_lang.Sentence([w for w, _ in words], upos=[t for _, t in words])
         for words in sentences
     ]
     for derived in (False, True):
-        data = evaluation.encode_tagged(given, tags, languages, derived, length)
-        assert data.language == derived
-        assert len(data.tokens) == len(data.tags) == len(given)
-        for index, (sentence, ids, labels) in enumerate(
-            zip(given, data.tokens, data.tags, strict=True)
-        ):
+        for index, sentence in enumerate(given):
+            (row,) = task.rows(sentence, index, Side(languages, derived, length))
             if derived:
                 sentence = languages.derive(sentence, index)
-            expected_ids, expected_labels = [BOS], [UNTAGGED]
+            expected_ids, expected_labels = [BOS], [SILENT]
             for word, tag in zip(sentence.words, sentence.upos, strict=True):
-                pieces = [id + derived * languages.shift for id in languages.pieces.encode(word)]
+                pieces = [id + derived * shift for id in languages.pieces.encode(word)]
                 expected_ids += pieces
-                expected_labels += [tags.index(tag)] + (len(pieces) - 1) * [UNTAGGED]
-            assert ids.tolist() == [*expected_ids[: length - 1], EOS]
-            assert labels.tolist() == [*expected_labels[: length - 1], UNTAGGED]
+                expected_labels += [TAGS.index(tag)] + (len(pieces) - 1) * [SILENT]
+            assert row.tokens.tolist() == [*expected_ids[: length - 1], EOS]
+            assert row.labels.tolist() == [*expected_labels[: length - 1], SILENT]
 
 
 @given(st.lists(TAGGED_WORDS, min_size=1, max_size=4), st.sampled_from(TRANSFORMS))
 @settings(deadline=None)
 def test_each_word_has_the_same_tag_in_both_languages(make_languages, sentences, transform):
     """An oracle that knows nothing of the transformations: words are told by their number."""
-    languages, tags = make_languages(transform), [str(n) for n in range(12)]
-    given = [
-        synth_lang.Sentence([w for w, _ in words], upos=[str(n) for n in range(len(words))])
-        for words in sentences
-    ]
-    original, derived = (
-        evaluation.encode_tagged(given, tags, languages, side, 999) for side in (False, True)
-    )
-    for index in range(len(given)):
-        words = [{}, {}]
-        for known, data in zip(words, (original, derived), strict=True):
-            for id, label in zip(data.tokens[index][1:-1], data.tags[index][1:-1], strict=True):
-                number = number if label == UNTAGGED else label  # noqa: F821
-                known.setdefault(number, []).append(id)
-        shifted = {n: [id + languages.shift for id in ids] for n, ids in words[0].items()}
-        assert words[1] == shifted
+    languages, numbers = make_languages(transform), [f"{n:02}" for n in range(12)]
+    task, shift = evaluation.Pos([synth_lang.Sentence([], numbers)]), 150 * ("trans" in transform)
+    for index, words in enumerate(sentences):
+        sentence = synth_lang.Sentence([w for w, _ in words], upos=numbers[: len(words)])
+        known = [{}, {}]
+        for derived in (False, True):
+            (row,) = task.rows(sentence, index, Side(languages, derived, 999))
+            for id, label in zip(row.tokens[1:-1], row.labels[1:-1], strict=True):
+                number = number if label == SILENT else label  # noqa: F821
+                known[derived].setdefault(number, []).append(id - derived * shift)
+        assert known[0] == known[1]
+
+
+BIO = st.lists(st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG"]), max_size=12)
+
+
+def said(labels: list[int], names: int) -> np.ndarray:
+    """Logits (T, names) that say these labels."""
+    return np.eye(names)[np.maximum(labels, 0)]
+
+
+@given(st.lists(st.tuples(BIO, BIO), min_size=1, max_size=6), st.randoms())
+def test_entity_f1_is_that_of_seqeval_on_any_taggings(pairs, random):
+    task = evaluation.Ner([synth_lang.Sentence([], entities=[f"{b}-{x}" for b in "BI" for x in
+                                                            ("PER", "LOC", "ORG")] + ["O"])])
+    rows, logits, golds, guesses = [], [], [], []
+    for gold, guess in pairs:
+        gold, guess = gold[: len(guess)], guess[: len(gold)]
+        numbers = [[task.names.index(tag) for tag in tags] for tags in (gold, guess)]
+        spread = [[SILENT, *itertools.chain(*([n, SILENT] for n in some))] for some in numbers]
+        rows.append(Row(np.zeros(len(spread[0])), np.array(spread[0])))
+        logits.append(said(spread[1], len(task.names)))
+        golds.append(gold)
+        guesses.append(guess)
+    (f1,) = task.score(rows, logits)
+    with warnings.catch_warnings(action="ignore"):
+        assert f1 == pytest.approx(100 * seqeval.metrics.f1_score(golds, guesses, zero_division=0))
+
+
+def sentence_of(text: str, *spans) -> synth_lang.Sentence:
+    return synth_lang.Sentence(text.split(), spans=list(spans))
+
+
+@pytest.mark.parametrize("transform", ["transliterate+invert", "permute"])
+@pytest.mark.parametrize("derived", [False, True])
+def test_an_inference_is_said_at_bos_of_premise_and_hypothesis(make_languages, transform, derived):
+    languages = make_languages(transform)
+    premise, hypothesis = sentence_of("an old house stood near it ."), sentence_of("it stood .")
+    examples = [synth_lang.Inference(premise, hypothesis, x) for x in synth_lang.INFERENCES]
+    task = evaluation.Nli(examples)
+    for length in (999, 12, 5):
+        side = Side(languages, derived, length)
+        parts = [[id for word in side.encode(part, 3)[1] for id in word]
+                 for part in (premise, hypothesis)]
+        for example in examples:
+            (row,) = task.rows(example, 3, side)
+            second = parts[1][: length // 2]
+            first = parts[0][: length - 3 - len(second)]
+            assert row.tokens.tolist() == [BOS, *first, EOS, *second, EOS]
+            assert len(row.tokens) <= length
+            assert task.names[row.labels[0]] == example.label
+            assert set(row.labels[1:]) == {SILENT}
+
+
+TEXTS = st.lists(st.lists(WORDS, min_size=1, max_size=9), min_size=1, max_size=3)
+
+
+@given(st.data(), TEXTS, st.integers(12, 60), st.sampled_from(TRANSFORMS), st.booleans())
+@settings(deadline=None)
+def test_windows_cover_the_context_and_mark_the_answer(
+    make_languages, data, texts, length, transform, derived
+):
+    context = [synth_lang.Sentence(words) for words in texts]
+    answer = data.draw(st.sampled_from(context))
+    start = data.draw(st.integers(0, len(answer.words) - 1))
+    answer.spans.append((start, data.draw(st.integers(start + 1, len(answer.words)))))
+    example = synth_lang.Question(sentence_of("who is it ?"), context)
+    side, task = Side(make_languages(transform), derived, length), evaluation.Qa([])
+    rows = list(task.rows(example, 7, side))
+    moved = [side.encode(sentence, 7)[0] for sentence in context]
+    words = [word for sentence in moved for word in sentence.words]
+    gold = next(s.words[slice(*s.spans[0])] for s in moved if s.spans)
+    covered, marked = set(), 0
+    for row in rows:
+        assert len(row.tokens) <= length and len(row.tokens) == len(row.labels)
+        number, inside, answers = row.answer
+        assert number == 7 and answers == [gold]
+        assert (row.labels != SILENT).sum() == 1 + len(inside)
+        covered |= {place for place in range(len(words))
+                    if words[place : place + len(inside)] == inside}
+        asked = row.labels[row.labels != SILENT]
+        assert sorted(asked[asked > 0].tolist()) in ([3], [1, 2])
+        if asked[0] == 0:
+            marked += 1
+            begin = np.flatnonzero(asked & 1)[0]
+            assert inside[begin - 1 : np.flatnonzero(asked & 2)[0]] == gold
+        else:
+            assert asked[0] == 3
+    assert rows[0].answer[1] == words[: len(rows[0].answer[1])]
+    assert rows[-1].answer[1] == words[len(words) - len(rows[-1].answer[1]) :]
+    if len(rows) == 1:
+        assert marked == 1
+
+
+def test_the_likeliest_answer_of_all_windows_is_scored():
+    task = evaluation.Qa([])
+
+    def row(words, labels, gold):
+        return Row(np.zeros(len(labels)), np.array(labels), (0, words.split(), [gold.split()]))
+
+    rows = [row("the old red house", [0, 0, 1, 0, 2, SILENT], "old red house"),
+            row("red house by it", [3, 0, 0, 0, 0, SILENT], "old red house")]  # fmt: skip
+    unsure = np.zeros((6, 2))
+    right, wrong = unsure.copy(), unsure.copy()
+    right[2, 0] = right[4, 1] = 3
+    wrong[1, 0] = wrong[2, 1] = 9
+    assert task.score(rows, [right, unsure]) == (100, 100)
+    assert task.score(rows, [right, wrong]) == pytest.approx((80, 0))  # "red house"
+    wrong[0] = 9.5  # "no answer here" is likelier still, but that of a window without one
+    assert task.score(rows, [right, wrong])[0] == pytest.approx(100)
+    backwards = unsure.copy()
+    backwards[4, 0] = backwards[2, 1] = 9  # an answer that ends before it begins is none
+    assert task.score(rows, [backwards, wrong])[1] == 0
+
+
+@pytest.mark.parametrize("words, gold, f1, exact", [
+    ("the old house", "Old House", 1, 1), ("house", "old house", 2 / 3, 0), ("a", "the", 1, 1),
+    ("x y y", "y y z", 2 / 3, 0), ("the", "house", 0, 0), ("( house ) .", "house", 1, 1),
+    ("308", "308", 1, 1), ("6½", "6½", 1, 1), ("U.S.", "us", 1, 1),
+])  # fmt: skip
+def test_squads_measures(words, gold, f1, exact):
+    assert evaluation.overlap(words.split(), gold.split()) == pytest.approx((f1, exact))
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(2, 9))
+def test_the_loss_of_qa_is_the_mean_log_loss_of_where_the_answer_begins_and_ends(seed, B, T):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(B, T, 2)))
+    labels, losses = np.full((B, T), SILENT), []
+    for row in range(B):
+        asked = np.sort(rng.choice(T, rng.integers(1, T + 1), replace=False))
+        begin, end = np.sort(rng.choice(asked, 2))
+        labels[row, asked] = 0
+        labels[row, begin] += 1
+        labels[row, end] += 2
+        for place, bit in ((begin, 0), (end, 1)):
+            weights = np.exp(logits[row, asked, bit].numpy())
+            losses.append(-np.log(np.exp(float(logits[row, place, bit])) / weights.sum()))
+    loss = evaluation.Qa([]).loss(logits, torch.from_numpy(labels))
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 LENGTHS = st.lists(st.integers(2, 20), min_size=1, max_size=60)
 
 
-def numbered(lengths: list[int]) -> Tagged:
-    """Sentence i is made of the word SPECIALS + i."""
-    return Tagged(
-        [np.array([BOS, *[SPECIALS + i] * (n - 2), EOS]) for i, n in enumerate(lengths)],
-        [np.array([UNTAGGED, *[i] * (n - 2), UNTAGGED]) for i, n in enumerate(lengths)],
-        0,
-    )
+def numbered(lengths: list[int]) -> list[Row]:
+    """Row i is made of the word SPECIALS + i."""
+    return [
+        Row(np.array([BOS, *[SPECIALS + i] * (n - 2), EOS]),
+            np.array([SILENT, *[i] * (n - 2), SILENT]))
+        for i, n in enumerate(lengths)
+    ]  # fmt: skip
 
 
 @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(0, 99))
-def test_batches_hold_every_sentence_once_padded_at_its_end(lengths, size, seed):
+def test_batches_hold_every_row_once_padded_at_its_end(lengths, size, seed):
     data = numbered(lengths)
     rng = None if seed is None else np.random.default_rng(seed)
-    pairs = list(evaluation.batches(data, size, rng))
-    assert len(pairs) == -(-len(lengths) // size)
-    rows = []
-    for tokens, tags in pairs:
-        assert tokens.shape == tags.shape and len(tokens) <= size
+    found = list(evaluation.batches(data, size, rng))
+    assert len(found) == -(-len(lengths) // size)
+    assert sorted(itertools.chain(*(chunk for chunk, *_ in found))) == list(range(len(lengths)))
+    for chunk, tokens, labels in found:
+        assert tokens.shape == labels.shape and len(tokens) == len(chunk) <= size
         assert (tokens[:, -1] != PAD).any()  # no wider than its longest
-        for row, labels in zip(tokens.tolist(), tags.tolist(), strict=True):
+        for i, row, label in zip(chunk, tokens.tolist(), labels.tolist(), strict=True):
             end = row.index(EOS) + 1
-            assert set(row[end:]) <= {PAD} and set(labels[end:]) <= {UNTAGGED}
-            rows.append((row[:end], labels[:end]))
-    expected = zip(data.tokens, data.tags, strict=True)
-    assert sorted(rows) == sorted((t.tolist(), labels.tolist()) for t, labels in expected)
+            assert set(row[end:]) <= {PAD} and set(label[end:]) <= {SILENT}
+            assert (row[:end], label[:end]) == (data[i].tokens.tolist(), data[i].labels.tolist())
 
 
 def test_batches_are_shuffled_anew_in_every_epoch_and_alike_with_the_same_seed():
     def epochs():
         rng = np.random.default_rng(0)
-        return [[t.tolist() for t, _ in evaluation.batches(data, 4, rng)] for _ in range(2)]
+        return [[t.tolist() for _, t, _ in evaluation.batches(data, 4, rng)] for _ in range(2)]
 
     data = numbered([5] * 100)
     first, second = epochs()
@@ -221,38 +371,37 @@ class Parrot(nn.Module):
 
     def __init__(self, right):
         super().__init__()
-        self.right, self.weight = right, nn.Parameter(torch.zeros(1))
+        self.right, self.classifier = right, nn.Linear(1, 1)
 
     def forward(self, tokens, language):
         assert not self.training
         return nn.functional.one_hot(tokens * (language == self.right), 100).float()
 
 
+POS = evaluation.Pos([synth_lang.Sentence([], ["even", "odd"])])
 PAIRS = st.tuples(st.integers(4, 9), st.integers(4, 9))  # of a word and its tag
 
 
 @given(st.lists(st.lists(PAIRS), min_size=1), st.booleans())
 def test_accuracy_is_the_percentage_of_words_tagged_right(sentences, language):
     pairs = [pair for sentence in sentences for pair in sentence]
-    data = Tagged(
-        [np.array([BOS, *[id for id, _ in sentence], EOS]) for sentence in sentences],
-        [np.array([UNTAGGED, *[tag for _, tag in sentence], UNTAGGED]) for sentence in sentences],
-        int(language),
-    )
+    rows = [
+        Row(np.array([BOS, *[id for id, _ in sentence], EOS]),
+            np.array([SILENT, *[tag for _, tag in sentence], SILENT]))
+        for sentence in sentences
+    ]  # fmt: skip
     if pairs:
         right = 100 * sum(id == tag for id, tag in pairs) / len(pairs)
-        assert evaluation.accuracy(Parrot(language), data) == pytest.approx(right)
-        assert evaluation.accuracy(Parrot(not language), data) == 0
+        assert evaluation.measure(Parrot(language), POS, rows, language)[0] == pytest.approx(right)
+        assert evaluation.measure(Parrot(not language), POS, rows, language) == (0,)
 
 
-def parity(rows: int, seed: int) -> Tagged:
+def parity(rows: int, seed: int) -> list[Row]:
     """Words tagged by whether their id is even."""
     words = np.random.default_rng(seed).integers(SPECIALS, 30, (rows, 8))
-    return Tagged(
-        [np.array([BOS, *row, EOS]) for row in words],
-        [np.array([UNTAGGED, *(row % 2), UNTAGGED]) for row in words],
-        0,
-    )
+    return [
+        Row(np.array([BOS, *row, EOS]), np.array([SILENT, *(row % 2), SILENT])) for row in words
+    ]
 
 
 def test_a_tagger_reads_padded_sentences_in_the_language_asked_for():
@@ -273,7 +422,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(freeze):
     torch.manual_seed(0)
     encoder = MaskedLM(s)
     before = copy.deepcopy(encoder.state_dict())
-    tagger = evaluation.fine_tune(encoder, parity(150, seed=0), 2, s)
+    tagger = evaluation.fine_tune(encoder, POS, parity(150, seed=0), 0)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(parameter.requires_grad for parameter in encoder.parameters())
@@ -281,9 +430,9 @@ def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(freeze):
     moved = {name for name in before if not torch.equal(before[name], tuned[name])}
     unused = {name for name in before if name.startswith("head_")}
     assert moved == before.keys() - unused - ({"word_embeddings.weight"} if freeze else set())
-    assert evaluation.accuracy(tagger, parity(50, seed=1)) > 95
+    assert evaluation.measure(tagger, POS, parity(50, seed=1), 0)[0] > 95
 
-    again = evaluation.fine_tune(encoder, parity(150, seed=0), 2, s)
+    again = evaluation.fine_tune(encoder, POS, parity(150, seed=0), 0)
     assert torch.equal(again.classifier.weight, tagger.classifier.weight)
 
 
@@ -292,38 +441,44 @@ def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(freeze):
 
 @pytest.fixture
 def few_sentences(monkeypatch):
-    monkeypatch.setattr(evaluation, "TUNE_SENTENCES", 150)
-    monkeypatch.setattr(evaluation, "TEST_SENTENCES", 60)
+    monkeypatch.setattr(evaluation, "BUILT_IN_EXAMPLES", (150, 60))
 
 
-def test_from_text_to_scores_on_the_built_in_language(folder, few_sentences, monkeypatch, capsys):
-    command(monkeypatch, evaluation, "pos", folder / "one")
-    cell = json.loads((folder / "one" / "pos.json").read_text())
+@pytest.mark.parametrize("task", TASKS)
+def test_from_text_to_scores_on_the_built_in_language(
+    task, folder, few_sentences, monkeypatch, capsys
+):
+    command(monkeypatch, evaluation, task, folder / "one")
+    cell = json.loads((folder / "one" / f"{task}.json").read_text())
     assert json.loads(capsys.readouterr().out) == cell
-    assert (cell["objective"], cell["transform"], cell["seed"]) == (
+    assert cell["task"] == task and (cell["objective"], cell["transform"], cell["seed"]) == (
         "align", "transliterate+invert", 0,
     )  # fmt: skip
     assert cell["Delta"] == cell["BZ"] - cell["BS"]
     for score in (cell["source"], cell["BS"], cell["BZ"], *cell["alignment"].values()):
         assert 0 <= score <= 100
-    assert cell["source"] > 15 and cell["BS"] > 15  # a guess has 6
+    for other in cell["other measures"].values():
+        assert other["Delta"] == other["BZ"] - other["BS"]
+    if task == "pos":
+        assert cell["source"] > 15 and cell["BS"] > 15  # a guess has 6
     assert len(list(folder.glob("data-*"))) == 1  # the tokenised text is found again
 
 
 def test_zero_shot_is_trained_on_the_original_and_tested_on_the_derived(
     folder, few_sentences, monkeypatch
 ):
-    def fine_tune(model, data, tags, s):
-        assert len(data.tokens) == evaluation.TUNE_SENTENCES
-        return data.language
+    def fine_tune(model, task, rows, language):
+        assert len(rows) == 150
+        return language, rows[0].tokens[1] >= 150
 
-    def accuracy(trained_on, data):
-        assert len(data.tokens) == evaluation.TEST_SENTENCES
-        return {(0, 0): 1.0, (0, 1): 2.0, (1, 1): 3.0}[trained_on, data.language]
+    def measure(trained_on, task, rows, language):
+        assert len(rows) == 60
+        sides = *trained_on, language, rows[0].tokens[1] >= 150
+        return ({(0, 0, 0, 0): 1.0, (0, 0, 1, 1): 2.0, (1, 1, 1, 1): 3.0}[sides],)
 
     monkeypatch.setattr(evaluation, "fine_tune", fine_tune)
-    monkeypatch.setattr(evaluation, "accuracy", accuracy)
-    cell = evaluation.pos(folder / "one", None, None, "cpu")
+    monkeypatch.setattr(evaluation, "measure", measure)
+    cell = evaluation.evaluate(folder / "one", "pos", (None, None), "cpu")
     assert [cell[k] for k in ("source", "BZ", "BS", "Delta")] == [1, 2, 3, -1]
 
 
@@ -338,9 +493,10 @@ def test_where_counterparts_are_alike_zero_shot_costs_nothing(
     weight = model.word_embeddings.weight.data
     weight[model.settings.shift + SPECIALS :] = weight[SPECIALS : model.settings.shift]
     to_hf(model, place / "model")
-    cell = evaluation.pos(place, None, None, "cpu")
-    assert cell["source"] == cell["BZ"] == cell["BS"] and cell["Delta"] == 0
-    assert cell["alignment"] == {"all": 100, "outside": 100}
+    for task in TASKS:
+        cell = evaluation.evaluate(place, task, (None, None), "cpu")
+        assert cell["source"] == cell["BZ"] == cell["BS"] and cell["Delta"] == 0
+        assert set(cell["alignment"].values()) == {100}
 
 
 def write_conllu(path: Path, sentences, upos=None) -> Path:
@@ -428,6 +584,12 @@ def test_an_unfinished_or_damaged_run_is_one_line_that_names_the_file(
     assert not (run / "pos.json").exists()
 
 
+def squad_part(folder: Path) -> Path:
+    squad = json.loads((DATA / "qa" / "xquad.en.json").read_text())
+    (folder / "squad.json").write_text(json.dumps({"data": squad["data"][:2]}))
+    return folder / "squad.json"
+
+
 def test_natural_text_from_treebank_to_report(tmp_path, monkeypatch):
     if not DATA.exists():
         pytest.skip("the data is not here")
@@ -441,13 +603,20 @@ def test_natural_text_from_treebank_to_report(tmp_path, monkeypatch):
     run, files = tmp_path / "runs" / "one", [tmp_path / f"{x}.conllu" for x in ("train", "test")]
     pretrain(monkeypatch, run, "--corpus", tmp_path / "text.txt", "--treebank", files[0])
     with pytest.raises(ValueError, match="--train"):
-        evaluation.pos(run, None, None, "cpu")
-    cell = evaluation.pos(run, *map(str, files), "cpu")
+        evaluation.evaluate(run, "pos", (None, None), "cpu")
+    cell = evaluation.evaluate(run, "pos", tuple(map(str, files)), "cpu")
     assert cell["source"] > 15 and cell["BS"] > 15
+    for task, data in ("ner", DATA / "ner" / "en_ewt-ud-dev.iob2"), ("qa", squad_part(tmp_path)):
+        assert 0 <= evaluation.evaluate(run, task, (str(data),) * 2, "cpu")["BZ"] <= 100
     assert "| ALIGN-MLM |" in evaluation.report(run.parent, run.parent)
 
 
 # --------------------------------------------------------------------------------------- report
+
+
+def settings_of(objective: str, transform: str, seed: int, **changes) -> dict:
+    s = preset("tiny", objective=objective, transform=transform, seed=seed, **changes)
+    return dataclasses.asdict(s)
 
 
 def write_cells(root: Path, order=lambda cells: cells) -> list[dict]:
@@ -459,9 +628,10 @@ def write_cells(root: Path, order=lambda cells: cells) -> list[dict]:
     ):
         source, bs, bz, everywhere, outside = rng.uniform(0, 100, 5)
         cells.append({
-            "objective": objective, "transform": transform, "seed": seed, "source": source,
-            "BZ": bz, "BS": bs, "Delta": bz - bs,
-            "alignment": {"all": everywhere, "outside": outside}, "seconds": 1.0,
+            "task": "pos", "objective": objective, "transform": transform, "seed": seed,
+            "source": source, "BZ": bz, "BS": bs, "Delta": bz - bs, "other measures": {},
+            "alignment": {"all": everywhere, "outside": outside, "outside rotated": None},
+            "settings": settings_of(objective, transform, seed), "seconds": 1.0,
         })  # fmt: skip
     for cell in order(cells):
         place = root / f"{cell['transform']}-{cell['objective']}-{cell['seed']}"
@@ -485,11 +655,12 @@ def test_the_table_has_the_mean_and_spread_of_the_seeds(tmp_path):
         assert len(same) == 2 and row[2] == "2"
         columns = [[c[k] for c in same] for k in ("source", "BS", "BZ", "Delta")]
         columns += [[c["alignment"][k] for c in same] for k in ("all", "outside")]
+        assert row[9] == "-"
         for entry, (one, other) in zip(row[3:9], columns, strict=True):
             mean, deviation = (one + other) / 2, abs(one - other) / 2**0.5
             assert entry == f"{mean:.1f} ± {deviation:.1f}"
         objective = next(o for o, name in evaluation.NAMES.items() if name == row[1])
-        assert [float(x) for x in row[9:]] == list(PUBLISHED[row[0], objective][4:])
+        assert [float(x) for x in row[10:]] == list(PUBLISHED[row[0], objective][4:])
     alignment, delta = [c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells]
     rho = scipy.stats.spearmanr(alignment, [-d for d in delta]).statistic
     assert f"{rho:.3f}" in text
@@ -497,11 +668,27 @@ def test_the_table_has_the_mean_and_spread_of_the_seeds(tmp_path):
 
 def test_one_seed_has_no_spread_and_another_transformation_no_published_row(tmp_path):
     cell = {
-        "objective": "xlm", "transform": "permute", "seed": 0, "source": 1.0, "BS": 2.0, "BZ": 3.0,
-        "Delta": 1.0, "alignment": {"all": 4.0, "outside": None}, "seconds": 1.0,
+        "objective": "xlm", "condition": "permute", "seed": 0, "source": 1.0, "BS": 2.0, "BZ": 3.0,
+        "Delta": 1.0, "alignment": {"all": 4.0, "outside": None, "outside rotated": 0.5},
+        "other measures": {"exact match": {"BZ": 9.0}},
     }  # fmt: skip
-    row = evaluation.table([cell]).splitlines()[-1]
-    assert row == "| permute | XLM | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 4.0 | - | - | - | - |"
+    lines = evaluation.table("qa", [cell]).splitlines()
+    assert lines[0] == "QA, F1:" and lines[-1] == "exact match, BZ: XLM 9.0."
+    row = "| permute | XLM | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 4.0 | - | 0.5 | - | - | - |"
+    assert lines[-3] == row
+
+
+def test_an_ablations_cells_are_told_apart_by_what_varies(tmp_path):
+    for alpha, seed in itertools.product((0.1, 10.0), range(3)):
+        cell = write_cells(tmp_path / f"{alpha}{seed}")[0] | {"seed": seed}
+        cell["settings"] = settings_of("mlm", "transliterate+invert", seed, alpha=alpha)
+        (tmp_path / f"cell-{alpha}-{seed}").mkdir()
+        (tmp_path / f"cell-{alpha}-{seed}" / "pos.json").write_text(json.dumps(cell))
+    table = evaluation.report(tmp_path, tmp_path / "out").splitlines()
+    rows = [line.split(" | ")[:3] for line in table if line.startswith("| transliterate")]
+    assert rows == [
+        [f"| transliterate+invert, alpha {alpha}", "MLM", "3"] for alpha in (0.1, 10.0)
+    ]
 
 
 def test_the_report_is_the_same_byte_for_byte_in_whatever_order_runs_finished(tmp_path):
@@ -536,10 +723,13 @@ def test_a_cell_that_is_none_is_one_line_that_names_it(content, tmp_path, monkey
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize("key", ["source", "BS", "BZ", "Delta", "seed", "alignment", "transform"])
+KEYS = "source", "BS", "BZ", "Delta", "seed", "alignment", "transform", "settings", "task"
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_cell_without_a_number_is_one_line_that_names_it(key, tmp_path, monkeypatch, capfd):
     (cell, *_) = write_cells(tmp_path)
-    for value in (None, {}) if key == "transform" else (None, {}, "much"):
+    for value in (None, {}) if key in ("transform", "settings", "task") else (None, {}, "much"):
         path = tmp_path / "transliterate+invert-mlm-0" / "pos.json"
         path.write_text(json.dumps(cell | {key: value}))
         assert str(path) in failure(monkeypatch, capfd, "report", tmp_path)
@@ -563,8 +753,121 @@ def test_the_grid_runs_every_cell_keeps_the_finished_and_reports(tmp_path, monke
     cells = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*/pos.json"))]
     assert [(c["objective"], c["seed"]) for c in cells] == [("xlm", 0)]
     assert out.count("| XLM |") == 1
-    assert json.loads((tmp_path / "runs" / "results.json").read_text()) == cells
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert results == [cell | {"condition": cell["transform"]} for cell in cells]
 
     monkeypatch.setattr(evaluation, "run_cell", None)  # a cell run again would fail
     command(monkeypatch, evaluation, *argv)
     assert out.endswith(capsys.readouterr().out)
+
+
+def grid_arguments(monkeypatch, *argv) -> dict[Path, Settings]:
+    """The cells of a command line."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "grid", lambda args: found.append(evaluation.grid_cells(args)))
+        command(patch, evaluation, "grid", "--out", "here", *argv)
+    return found[0]
+
+
+def test_a_grid_is_every_objective_transformation_value_and_seed(monkeypatch):
+    cells = grid_arguments(
+        monkeypatch, "--objectives", "align", "xlm", "--seeds", 3, "--vary", "alpha", "0.1", "10",
+        "--transforms", "transliterate", "permute", "--steps", 7, "--warmup", 3,
+    )  # fmt: skip
+    assert len(cells) == 2 * 3 * 2 * 2
+    kinds = {(s.objective, s.transform, s.alpha, s.seed, s.languages) for s in cells.values()}
+    assert kinds == {
+        (o, t, a, seed, 1 + (o == "xlm"))
+        for o in ("align", "xlm") for t in ("transliterate", "permute") for a in (0.1, 10)
+        for seed in range(3)
+    }  # fmt: skip
+    assert {s.steps for s in cells.values()} == {7}
+    assert {path.parent for path in cells} == {Path("here")}
+    steps = grid_arguments(monkeypatch, "--vary", "steps", "5", "--seeds", 1)
+    assert {s.steps for s in steps.values()} == {5}
+
+
+@pytest.mark.parametrize("argv", [
+    ["--vary", "alpha"], ["--vary", "transform", "invert"], ["--vary", "no", "1"],
+    ["--vary", "alpha", "much"], ["--vary", "steps", "1.5"], ["--vary", "alpha", "1", "--alpha", 2],
+    ["--seed", 1], ["--train", "a", "b"], ["--tasks", "pos", "ner", "--test", "a"],
+    ["--transforms", "invart"], ["--tasks", "sum"],
+])  # fmt: skip
+def test_a_grid_that_cannot_be_is_one_line(argv, tmp_path, monkeypatch, capfd):
+    failure(monkeypatch, capfd, "grid", "--out", tmp_path / "runs", *argv)
+    assert not (tmp_path / "runs").exists()
+
+
+def hold(folder: Path, ready) -> None:
+    with evaluation.claim(folder) as mine:
+        ready.put(mine)
+        time.sleep(60)
+
+
+def test_a_claim_is_one_processs_until_that_is_dead(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Queue()
+    owner = context.Process(target=hold, args=(tmp_path / "cell", ready))
+    owner.start()
+    assert ready.get(timeout=60)
+    with evaluation.claim(tmp_path / "cell") as mine:
+        assert not mine
+    assert evaluation.run_cell(
+        tmp_path / "cell", None, None, {}, "cpu", 1, math.inf, {}
+    ) is None  # fmt: skip
+    owner.kill()
+    owner.join()
+    for _ in range(2):
+        with evaluation.claim(tmp_path / "cell") as mine:
+            assert mine
+
+
+def test_a_cell_whose_time_is_over_is_saved_and_goes_on_to_the_same_numbers(
+    few_sentences, tmp_path, monkeypatch
+):
+    given = {k.strip("-").replace("-", "_"): v for k, v in SIZES.items()} | {"steps": 60}
+    s, source = preset("tiny", objective="mlm", **given), train.Source(sentences=1500)
+    options = {"save_every": 1000, "accumulate": 1, "compiled": False, "keep_every": 0}
+    tasks = {"pos": (None, None)}
+    train.prepare(source, s, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+
+    def cell(name, seconds):
+        folder = tmp_path / name / "cell"
+        until = time.time() + seconds
+        return evaluation.run_cell(folder, s, source, tasks, "cpu", 1, until, options)
+
+    whole = cell("whole", math.inf)
+    draw = train.make_batch
+
+    def slow(*args):
+        time.sleep(0.1)
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_batch", slow)
+        assert cell("cut", 2) is None
+    assert list((tmp_path / "cut" / "cell").glob("checkpoint-*"))
+    for a, b in zip(whole, cell("cut", math.inf), strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
+def test_the_curve_is_of_the_models_kept_along_pre_training(
+    few_sentences, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "one"
+    pretrain(monkeypatch, run, "--sentences", 1500, "--keep-every", 20)
+    command(monkeypatch, evaluation, "curve", run)
+    points = json.loads((run / "curve.json").read_text())
+    assert [point["step"] for point in points] == [20, 40]
+    cell = evaluation.evaluate(run, "pos", (None, None), "cpu")
+    for key in ("objective", "source", "BZ", "alignment"):
+        assert points[-1][key] == cell[key]  # the last one is the model of the end
+    evaluation.report(tmp_path, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "curves.json").read_text()) == [points]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_kept_no_models_has_no_curve(folder, monkeypatch, capfd):
+    assert "--keep-every" in failure(monkeypatch, capfd, "curve", folder / "one")
