@@ -2,7 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test clean
+PRESET ?= small
+
+# The reduced grid of a CPU, in under an hour; the whole one of a GPU.
+GRID_tiny := --seeds 1
+GRID_small := --seeds 3 --tasks pos ner nli qa --keep-every 500
+GRID_paper := $(GRID_small)
+
+.PHONY: run reproduce test test-faults fuzz clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -12,9 +19,19 @@ BIN := .venv/bin
 run: .venv/ready
 	$(BIN)/python eval.py grid
 
+reproduce: .venv/ready
+	$(BIN)/python eval.py grid --preset $(PRESET) --out runs/$(PRESET)-grid $(GRID_$(PRESET)) \
+		--transforms transliterate transliterate+invert transliterate+syntax transliterate+permute
+
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
+
+test-faults: .venv/ready
+	$(BIN)/python tests/faults.py
+
+fuzz: .venv/ready
+	$(BIN)/python tests/fuzz.py --count 100000
 
 clean:
 	rm -rf .venv runs
