@@ -96,6 +96,11 @@ def test_the_published_tables_rho(task, rho):
     assert p == pytest.approx({"NLI": 0.007}.get(task, p), abs=5e-4)
 
 
+def test_the_p_value_of_few_cells_is_a_count_of_pairings():
+    rho, p = evaluation.correlation([1, 2, 3, 4], [-1, -2, -3, -4])
+    assert (rho, p) == pytest.approx((1, 2 / 24))  # of 24 this one and its reverse
+
+
 def test_the_papers_rho_for_pos_comes_of_a_tie_that_rounding_made():
     delta = published_delta("POS")
     delta[list(PUBLISHED).index(("transliterate+syntax", "xlm"))] += 0.01
@@ -741,7 +746,7 @@ def test_a_folder_without_a_finished_run_is_one_line_that_names_it(tmp_path, mon
     assert str(tmp_path / "no") in failure(monkeypatch, capfd, "report", tmp_path / "no")
 
 
-def test_the_grid_runs_every_cell_keeps_the_finished_and_reports(tmp_path, monkeypatch, capsys):
+def test_the_grid_runs_every_cell_keeps_the_finished_and_reports(tmp_path, monkeypatch, capfd):
     files = [write_conllu(tmp_path / f"{n}.conllu", synth_lang.generate(n, n)) for n in (40, 1500)]
     argv = [
         "grid", "--out", tmp_path / "runs", "--objectives", "xlm", "--seeds", 1, "--jobs", 2,
@@ -749,7 +754,7 @@ def test_the_grid_runs_every_cell_keeps_the_finished_and_reports(tmp_path, monke
         *itertools.chain(*SIZES.items()), "--device", "cpu",
     ]  # fmt: skip
     command(monkeypatch, evaluation, *argv)
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     cells = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*/pos.json"))]
     assert [(c["objective"], c["seed"]) for c in cells] == [("xlm", 0)]
     assert out.count("| XLM |") == 1
@@ -758,7 +763,13 @@ def test_the_grid_runs_every_cell_keeps_the_finished_and_reports(tmp_path, monke
 
     monkeypatch.setattr(evaluation, "run_cell", None)  # a cell run again would fail
     command(monkeypatch, evaluation, *argv)
-    assert out.endswith(capsys.readouterr().out)
+    assert out.endswith(capfd.readouterr().out)
+
+    other = write_conllu(tmp_path / "other.conllu", synth_lang.generate(5, 5))
+    argv[argv.index("--test") + 1] = other
+    assert "pos.json" in failure(monkeypatch, capfd, *argv)
+    (tmp_path / "runs" / "transliterate+invert-xlm-0" / "pos.json").write_text("[")
+    assert "pos.json" in failure(monkeypatch, capfd, *argv)
 
 
 def grid_arguments(monkeypatch, *argv) -> dict[Path, Settings]:
