@@ -38,6 +38,7 @@ MOST = 10**7  # of any number; only a damaged file asks for more
 LIMITS = {  # of a setting, both allowed; any other number is above 0
     "seed": (0, 2**32), "alpha": (0, MOST), "weight_decay": (0, MOST), "layers": (1, 1000),
     "positions": (8, MOST), "mask_share": (0.01, 0.5), "dropout": (0, 0.99), "overlap": (0, 1),
+    "tune_length": (8, MOST),
     "dictionary_share": (1e-9, 1), "parallel_share": (1e-9, 1), "translate_probability": (0, 1),
 }  # fmt: skip
 
@@ -96,6 +97,8 @@ class Settings:
         if self.width % self.heads or self.width % 16 or self.positions % 2 or self.batch % 4:
             raise ValueError("settings: width must be a multiple of heads and of 16 (which is what "
                              "the kernels take), positions of 2 and batch of 4")  # fmt: skip
+        if not round(self.mask_share * self.positions):
+            raise ValueError("settings: mask_share of so few positions is no token: raise either")
         if self.tune_length > self.positions:
             raise ValueError(f"settings: tune_length {self.tune_length} is beyond the model's "
                              f"{self.positions} positions: lower it or raise them")  # fmt: skip
@@ -361,15 +364,15 @@ def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]
     """The share, in percent, of original words whose nearest derived word is their counterpart.
 
     Nearest by cosine among all derived words. Over "all" words and over those "outside" the
-    dictionary (NaN if there are none; words that both languages share count as known). With two
-    language embeddings each side has its own added first, as the paper does for XLM. "rotated": the
+    dictionary (NaN if there are none; words that both languages share count as known). With XLM
+    each side has its language embedding added first, as in the paper. "rotated": the
     same after the orthogonal map of original onto derived rows that fits the dictionary best
     (Schönemann 1966), which is what pairs give without any training. dictionary: (K, 2) int64.
     """
     s, ids = model.settings, derived_ids(model.settings)
     weight = model.word_embeddings.weight.float()
     original, derived = weight[SPECIALS : s.pieces], weight[torch.tensor(ids[SPECIALS:])]
-    if s.languages == 2:
+    if s.objective == "xlm":
         original = original + model.language_embeddings.weight[0]
         derived = derived + model.language_embeddings.weight[1]
     known = dictionary[:, 0] - SPECIALS

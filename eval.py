@@ -11,10 +11,8 @@ BZ - BS is what zero-shot costs. "source": fine-tuned and tested on the original
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -274,22 +272,30 @@ def overlap(words: list[str], gold: list[str]) -> tuple[float, float]:
 TASKS = {"pos": Pos, "ner": Ner, "nli": Nli, "qa": Qa}
 
 
-def load_task(name: str, files: tuple, source: Source, languages: Languages, length: int):
-    """A task and its rows, [training, test][original, derived].
+def read_task(name: str, files: tuple, source: Source):
+    """A task and its examples, to learn from and to test on.
 
-    files: to learn from and to test on; where None, examples of the built-in language.
+    files: of either; (None, None): examples of the built-in language. Raises ValueError.
     """
     kind = TASKS[name]
-    if (source.corpus or source.treebank) and None in files:
-        raise ValueError(f"{name}: trained on natural text: give --train and --test files")
+    if None in files and (any(files) or source.corpus or source.treebank):
+        raise ValueError(f"{name}: text of files: give both --train and --test files")
     examples = [
         list(kind.read(file) if file else kind.generate(count, seed))
         for file, count, seed in zip(files, BUILT_IN_EXAMPLES, (1, 2), strict=True)
     ]
+    for file, some in zip(files, examples, strict=True):
+        if not some:
+            raise ValueError(f"{file}: holds no example: give another file")
     task = kind(examples[0])
     for unknown in {n for e in examples[1] for n in kind.labels_of(e)}.difference(task.names):
-        there = files[0] or "the built-in language"
-        raise ValueError(f"{files[1]}: label {unknown!r} is never in {there}: take it out")
+        raise ValueError(f"{files[1]}: label {unknown!r} is never in {files[0]}: take it out")
+    return task, examples
+
+
+def load_task(name: str, files: tuple, source: Source, languages: Languages, length: int):
+    """A task and its rows, [training, test][original, derived]; as `read_task`."""
+    task, examples = read_task(name, files, source)
     sides = [Side(languages, derived, length) for derived in (False, True)]
     return task, [
         [[row for i, e in enumerate(part) for row in task.rows(e, i, side)] for side in sides]
@@ -413,6 +419,7 @@ def evaluate(folder: Path, name: str, files: tuple, device: str) -> dict:
         "other measures": dict(zip(task.measures[1:], scores[1:], strict=True)),
         "alignment": alignment_of(model),
         "settings": dataclasses.asdict(s),
+        "text": dataclasses.asdict(source),
         "files": files,
         "seconds": time.perf_counter() - started,
     }
@@ -425,15 +432,17 @@ def curve(folder: Path, files: tuple, device: str) -> list[dict]:
     points = []
     for path in sorted(folder.glob("model-*")):
         model, source, languages = read_run(folder, path.name)
-        length = model.settings.tune_length
-        task, (training, test) = load_task("pos", files, source, languages, length)
+        s = model.settings
+        if not points:
+            task, (training, test) = load_task("pos", files, source, languages, s.tune_length)
         model.to(device)
         tagger = fine_tune(model, task, training[0], 0)
         scores = {
             k: measure(tagger, task, test[i], i)[0] for i, k in enumerate(("source", "BZ"))
         }
-        point = {"step": int(path.name.split("-")[1]), **scores, "alignment": alignment_of(model)}
-        points.append({"objective": model.settings.objective, **point})
+        run = {"transform": s.transform, "objective": s.objective, "seed": s.seed}
+        step = int(path.name.split("-")[1])
+        points.append(run | {"step": step, **scores, "alignment": alignment_of(model)})
     if not points:
         raise ValueError(f"{folder}: no model of an earlier step: train with --keep-every")
     write_text(folder / "curve.json", json.dumps(points, indent=2) + "\n")
@@ -485,21 +494,25 @@ def read_cells(folder: Path) -> list[dict]:
             synth_lang.parse_transform(cell["transform"])
             place = list(TASKS).index(cell["task"]), cell["transform"]
             key = *place, list(NAMES).index(cell["objective"]), int(cell["seed"]), str(path)
-            cell["settings"]["seed"], cell["other measures"].values()
-            cell["settings"] = dataclasses.asdict(Settings(**cell["settings"]))
+            cell["settings"]["seed"], [other["BZ"] for other in cell["other measures"].values()]
+            of = {"text": str(cell["text"]), "files": str(cell["files"])}
+            cell["settings"] = dataclasses.asdict(Settings(**cell["settings"])) | of
             math.fsum([*(cell[score] for score in SCORES), cell["alignment"]["all"]])
-            math.fsum(cell["alignment"][over] or 0.0 for over in ALIGNMENTS)
+            math.fsum(x for x in map(cell["alignment"].__getitem__, ALIGNMENTS) if x is not None)
         except DAMAGE as error:
             raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
         cells.append((key, cell | {"condition": cell["transform"]}))
     if not cells:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
     cells = [cell for _, cell in sorted(cells, key=lambda pair: pair[0])]
-    told = "objective", "transform", "seed", "languages"
+    told = "objective", "transform", "seed", "languages", "files"
     for name in (name for name in cells[0]["settings"] if name not in told):
         if len({cell["settings"][name] for cell in cells}) > 1:
             for cell in cells:  # an ablation: what varies tells the rows apart
                 cell["condition"] += f", {name} {cell['settings'][name]}"
+    keys = [(c["task"], c["condition"], c["objective"], c["seed"]) for c in cells]
+    if again := [key for key, times in Counter(keys).items() if times > 1]:
+        raise ValueError(f"{folder}: holds {again[0]} more than once: put one of them elsewhere")
     return cells
 
 
@@ -555,16 +568,16 @@ def rho_of(cells: list[dict]) -> str:
     )
 
 
-def panels(rows: int, columns: int, height: float = 3.6):
+def panels(rows: int, columns: int, sharey: bool | str = "row"):
     """A figure, and its rows of axes."""
-    size = 1 + 4 * columns, height * rows
-    return plt.subplots(rows, columns, sharey="row", squeeze=False, figsize=size,
+    size = 1 + 4 * columns, 3.6 * rows
+    return plt.subplots(rows, columns, sharey=sharey, squeeze=False, figsize=size,
                         layout="constrained")  # fmt: skip
 
 
 def save(figure, path: Path) -> None:
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=120, metadata={"Software": None})
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    figure.savefig(part, format="png", dpi=120, metadata={"Software": None})
     part.replace(path)
     plt.close(figure)
 
@@ -610,22 +623,27 @@ def draw_alignment(tasks: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_curves(runs: list[list[dict]], path: Path) -> None:
-    """BZ, and alignment of all words and of those outside D, over pre-training; a line a run."""
+    """BZ, and alignment of all words and of those outside D, over pre-training; a line a run, a
+    row a transformation."""
     shown = {
         "POS BZ, %": lambda point: point["BZ"],
         "alignment, % of the words": lambda point: point["alignment"]["all"],
         "alignment outside D, %": lambda point: point["alignment"]["outside"],
     }
-    figure, axes = panels(1, len(shown))
+    transforms = list(dict.fromkeys(points[0]["transform"] for points in runs))
+    figure, axes = panels(len(transforms), len(shown), sharey=False)
     styles = dict(zip(NAMES, ("o-", "s--", "^:", "D-."), strict=True))
-    for axis, (label, value) in zip(axes[0], shown.items(), strict=True):
-        for points in runs:
-            objective, steps = points[0]["objective"], [point["step"] for point in points]
+    for points in runs:
+        objective, steps = points[0]["objective"], [point["step"] for point in points]
+        row = axes[transforms.index(points[0]["transform"])]
+        for axis, value in zip(row, shown.values(), strict=True):
             axis.plot(steps, list(map(value, points)), styles[objective], color="black",
                       label=NAMES[objective], markerfacecolor="none")  # fmt: skip
-        axis.set_xlabel("step")
-        axis.set_title(label)
-        axis.tick_params(labelleft=True)
+    for row, transform in zip(axes, transforms, strict=True):
+        row[0].set_ylabel(transform)
+        for axis, label in zip(row, shown, strict=True):
+            axis.set_title(label)
+            axis.set_xlabel("step")
     lines = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
     axes[0][0].legend(lines.values(), lines.keys())
     save(figure, path)
@@ -651,24 +669,7 @@ def report(folder: Path, out: Path) -> str:
 # ---------------------------------------------------------------------------------------- grid
 
 
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[bool]:
-    """Whether the cell is this process's alone, until it is done or, however it ends, dead.
-
-    A lock on a file, which the system takes back from a process that has ended. Machines that share
-    the folder need a file system with locks, as NFS has.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "claim", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-class Stopped(Exception):
+class Stopped(BaseException):  # which no library catches
     """The time that was given is over."""
 
 
@@ -689,7 +690,7 @@ def run_cell(
         signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, max(1e-3, until - time.time()))
     try:
-        with claim(folder) as mine:
+        with train.claim(folder) as mine:
             if not mine:
                 return None
             train.run(folder, s, source, device, **options)
@@ -708,10 +709,11 @@ def run_cell(
 def grid_cells(args: argparse.Namespace) -> dict[Path, Settings]:
     """The folder and the settings of every cell."""
     settings = train.given_settings(args)
-    varied, *values = args.vary or ("seed", "")
-    if one := {"objective", "transform", "seed", varied}.intersection(settings):
+    varied, *values = args.vary or ("steps", "")
+    told = {"objective", "transform", "seed", "languages"}
+    if one := {*told, *(args.vary or ())[:1]}.intersection(settings):
         raise ValueError(f"--{min(one)}: a grid has --objectives, --transforms, --seeds and --vary")
-    types = {field.name: field.type for field in dataclasses.fields(Settings)}
+    types = {f.name: f.type for f in dataclasses.fields(Settings) if f.name not in told}
     if types.get(varied) not in (int, float) or not values:
         raise ValueError(f"--vary {varied}: give a setting that is a number, and its values")
     cells = {}
@@ -747,6 +749,11 @@ def grid(args: argparse.Namespace) -> None:
     if {*map(len, files)} != {len(args.tasks)}:
         raise ValueError("--train, --test: give a file for each of --tasks, in their order")
     tasks = dict(zip(args.tasks, zip(*files, strict=True), strict=True))
+    for name, given in tasks.items():  # before hours of training
+        if any(given) or source.corpus or source.treebank:
+            read_task(name, given, source)
+        if any(given) and name != "pos" and "syntax" in "+".join(args.transforms):
+            raise ValueError(f"{name}: its files have no trees, which syntax needs: leave it out")
     for folder, s in cells.items():
         train.refuse_other(folder / "settings.json", train.record_of(s, source))
 
@@ -755,7 +762,7 @@ def grid(args: argparse.Namespace) -> None:
         return all([finished(folder / f"{k}.json", v) for k, v in tasks.items()]) and curve
 
     todo = {folder: s for folder, s in cells.items() if not done(folder)}
-    for s in {(s.transform, s.overlap, s.vocab_size): s for s in todo.values()}.values():
+    for s in {train.corpus_name(source, s): s for s in todo.values()}.values():
         prepare(source, s, args.out)  # once, before processes would do it side by side
     options = {"save_every": args.save_every, "accumulate": args.accumulate,
                "compiled": args.compile, "keep_every": args.keep_every}  # fmt: skip
@@ -764,8 +771,8 @@ def grid(args: argparse.Namespace) -> None:
     bar = tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell")
     os.environ["TQDM_DISABLE"] = "1"  # of the processes to come: this is the one progress bar
     context = multiprocessing.get_context("spawn")
-    left, running = iter(todo.items()), set()
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+    left, running, failed = iter(todo.items()), set(), []
+    with ProcessPoolExecutor(args.jobs, context, train.follow_parent) as pool:
         while True:
             free = args.jobs - len(running) if time.time() < until else 0
             for folder, s in itertools.islice(left, free):
@@ -774,17 +781,24 @@ def grid(args: argparse.Namespace) -> None:
             if not running:
                 break
             ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for cell in itertools.chain(*(future.result() or () for future in ended)):
-                scores = " ".join(f"{k} {cell[k]:.1f}" for k in ("source", "BS", "BZ"))
-                name = f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}"
-                bar.write(f"{cell['task']} {name}: {scores}")
-            bar.update(sum(future.result() is not None for future in ended))
+            for future in ended:
+                if isinstance(error := future.exception(), ValueError):
+                    failed.append(str(error))  # the other cells go on
+                    bar.write(failed[-1])
+                elif found := future.result():
+                    bar.update()
+                for cell in (not error and found) or ():
+                    scores = " ".join(f"{k} {cell[k]:.1f}" for k in ("source", "BS", "BZ"))
+                    name = f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}"
+                    bar.write(f"{cell['task']} {name}: {scores}")
     bar.close()
     if missing := sum(not done(folder) for folder in cells):
         print(f"{missing} of {len(cells)} cells are unfinished or another's: the same command "
               "goes on")  # fmt: skip
     if missing < len(cells):
         print(report(args.out, args.results or args.out))
+    if failed:
+        raise ValueError(f"{len(failed)} cells failed: {failed[0]}")
 
 
 def main() -> None:
@@ -810,11 +824,11 @@ def main() -> None:
     every.add_argument("--test", nargs="+", metavar="FILE")
     every.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     every.add_argument("--transforms", nargs="+", default=["transliterate+invert"])
-    every.add_argument("--seeds", type=int, default=2, help="(%(default)s)")
+    every.add_argument("--seeds", type=train.count, default=2, help="(%(default)s)")
     every.add_argument("--vary", nargs="+", metavar="SETTING VALUE", help="an ablation")
     every.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="for curves")
     every.add_argument("--minutes", type=float, default=math.inf, help="then stop, to go on later")
-    every.add_argument("--jobs", type=int, help="cells at a time (a core each; 1 on a GPU)")
+    every.add_argument("--jobs", type=train.count, help="cells at a time (a core each; 1 on a GPU)")
     train.add_options(every)
     for command in (several, every):
         command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")

@@ -533,7 +533,7 @@ def read_bio(path) -> Iterator[Sentence]:
             comment = line.startswith("# ") and (" = " in line or len(columns) < 3)
             if not line.strip() or comment or columns[0] == "-DOCSTART-":
                 continue
-            indexed = len(columns) > 2 and columns[0] == str(len(words) + 1)
+            indexed = "\t" in line and columns[0] == str(len(words) + 1) and len(columns) > 2
             word, tag = columns[1:3] if indexed else (columns[0], columns[-1])
             if len(columns) < 2 or not BIO_TAG.fullmatch(tag):
                 raise InputError(f"{place}: tag {tag!r}; give a word and O, B-TYPE or I-TYPE")
@@ -851,8 +851,9 @@ def _invert_file(args) -> dict[str, list[str]]:
             raise IndexError
         "".join(original)  # a TypeError if there is other than text
     except (StopIteration, IndexError, *MALFORMED) as error:
-        message = f"{undo}: does not fit {args.file}; run transform again"
-        raise error if isinstance(error, InputError) else InputError(message) from None
+        if str(error).startswith(args.file):  # of a reader, which names the place
+            raise
+        raise InputError(f"{undo}: does not fit {args.file}; run transform again") from None
     return {args.out: original}
 
 

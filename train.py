@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -134,13 +135,19 @@ class Languages:
         return self.pieces.encode(word) or [self.pieces.unk_id()]
 
 
+def follow_parent() -> None:
+    """Of a worker: stop, as by SIGTERM, when the parent has ended, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    threading.Thread(target=lambda: (parent.join(), end()), daemon=True).start()
+
+
 def start_worker(languages: Languages) -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that does, even by SIGKILL."""
     global _languages  # of this worker
     _languages = languages
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    follow_parent()
 
 
 def tokenise(number: int, block: list[synth_lang.Sentence]) -> dict[str, np.ndarray]:
@@ -193,6 +200,8 @@ class Packer:
 
     def close(self) -> int:
         """How many rows were written."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.close()
         return self.rows
 
@@ -204,13 +213,29 @@ class Corpus:
     languages: Languages
     original: np.ndarray  # one half of the text
     derived: np.ndarray  # the other half, transformed; its ids already shifted
-    counterpart: np.ndarray  # that other half untransformed, token for token beside it
+    counterpart: np.ndarray  # that other half untransformed, sentence for sentence beside it
 
     @staticmethod
     def open(folder: Path, s: Settings, order) -> "Corpus":
         arrays = [np.memmap(folder / f"{part}.bin", np.int32, "r") for part in PARTS]
         languages = Languages(folder / "tokenizer.model", s, order)
         return Corpus(languages, *(array.reshape(-1, s.positions) for array in arrays))
+
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """Where a sentence of the derived text and of its counterpart begins, BOS not counted."""
+        ends = np.flatnonzero(self.derived.ravel() == EOS)
+        ends -= ends // self.derived.shape[1]  # an id's place, from 1 on, without the rows' BOS
+        room = self.derived.size - len(self.derived) - self.derived.shape[1] // 2 + 1
+        return np.concatenate([[0], ends[ends <= room]])
+
+    def pairs(self, rows: np.ndarray, length: int) -> list[np.ndarray]:
+        """BOS and the text from these starts on, (rows, length) int32: original, and derived."""
+        places = self.starts[rows][:, None] + np.arange(length - 1)
+        places += places // (self.derived.shape[1] - 1) + 1  # the rows' BOS is not of the text
+        sides = (side.ravel()[places] for side in (self.counterpart, self.derived))
+        return [np.insert(side, 0, BOS, axis=1) for side in sides]
 
 
 def corpus_name(source: Source, s: Settings) -> str:
@@ -275,6 +300,7 @@ def prepare(source: Source, s: Settings, root: Path, workers: int | None = None)
                 f"{text}: too little text for a sequence of "
                 f"{s.positions} tokens in each half ({BLOCK} sentences in turn): give more"
             )
+        os.chmod(made, 0o755)  # for other users of a shared folder too
         with contextlib.suppress(OSError):  # another run has just made the same
             os.rename(made, folder)
             os.mkdir(made)  # for its owner to remove
@@ -305,10 +331,9 @@ def make_batch(corpus: Corpus, s: Settings, dictionary: np.ndarray, step: int) -
     languages = np.repeat([[0], [1]], half, axis=0) + np.zeros_like(tokens)
     positions = np.zeros_like(tokens) + np.arange(s.positions)
     if pairs:
-        sides = [a.reshape(-1, s.positions // 2) for a in (corpus.counterpart, corpus.derived)]
-        parallel = math.ceil(s.parallel_share * len(sides[0]))
+        parallel = math.ceil(s.parallel_share * len(corpus.starts))
         rows = draw(parallel, pairs, step, (s.seed, 3))
-        paired = pair_translations(sides[0][rows], sides[1][rows])
+        paired = pair_translations(*corpus.pairs(rows, s.positions // 2))
         both = zip((tokens, languages, positions), paired, strict=True)
         tokens, languages, positions = (np.concatenate(parts) for parts in both)
 
@@ -643,6 +668,13 @@ def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> No
 # ------------------------------------------------------------------------------------- command
 
 
+def count(text: str) -> int:
+    """The type of an option that is a whole number above 0."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     parser.add_argument("--device", choices=devices, default=devices[0], help="(%(default)s)")
@@ -656,9 +688,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sentences", type=int, default=Source.sentences,
                         help="of the built-in language (%(default)s)")  # fmt: skip
     add_device(parser)
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--accumulate", type=int, default=1, help="slices of a batch (%(default)s)")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps (%(default)s)")
+    parser.add_argument("--threads", type=count, help="of the CPU")
+    parser.add_argument("--accumulate", type=count, default=1,
+                        help="slices of a batch (%(default)s)")  # fmt: skip
+    parser.add_argument("--save-every", type=count, default=1000, help="steps (%(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="with torch.compile (on a GPU, if a C compiler and triton are there)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(%(default)s)")
@@ -706,6 +739,23 @@ def commit() -> str | None:
     name = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     with contextlib.suppress(OSError):
         return subprocess.run([*own, *name], capture_output=True, text=True).stdout.strip() or None
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Whether the run in folder is this process's alone, until it is done or, however, dead.
+
+    A lock on a file, which the system takes back from a process that has ended. Machines that share
+    the folder need a file system with locks, as NFS has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "claim", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def refuse_other(path: Path, record: dict) -> None:
@@ -797,15 +847,22 @@ def main() -> None:
         return
     if args.folder is None:
         parser.error("give the run's folder")
-    if WORLD > 1:
-        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl")
     if WORLD > 1 and args.device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run(
-        args.folder, s, source_of(args), args.device,
-        save_every=args.save_every, accumulate=args.accumulate, compiled=args.compile,
-        keep_every=args.keep_every,
-    )  # fmt: skip
+    if WORLD > 1:  # a day: the others wait while the first one tokenises
+        torch.distributed.init_process_group(
+            "gloo" if args.device == "cpu" else "nccl", timeout=datetime.timedelta(days=1)
+        )
+    source = source_of(args)
+    refuse_other(args.folder / "settings.json", record_of(s, source))
+    with claim(args.folder) if RANK == 0 else contextlib.nullcontext(True) as mine:
+        if not mine:
+            raise ValueError(f"{args.folder}: another process trains here: wait for it")
+        run(
+            args.folder, s, source, args.device,
+            save_every=args.save_every, accumulate=args.accumulate, compiled=args.compile,
+            keep_every=args.keep_every,
+        )  # fmt: skip
     print(f"{args.folder}: trained")
 
 

@@ -41,7 +41,7 @@ SIZES = (
     f"--save-every {SAVE_EVERY}"
 )
 HALF = r".*\.part|making-.*"  # files that have not got their name yet
-WEIGHTS = ".bin", ".vocab", ".safetensors", "config.json"  # ends of the files that must be alike
+ALIKE = ".bin", "tokenizer.model", ".safetensors", "config.json"  # ends of names of such files
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 FILES = {  # a stop comes as such a file appears
     "tokenise": "making-data.*", "settings": "run/settings.*", "save": "run/checkpoint.*part",
@@ -162,7 +162,7 @@ def step_of(checkpoints: list[Path]) -> int:
 def ended(run: Run, peace: Run) -> list[str]:
     """Files that are not as they should be when both have ended."""
     unlike = [
-        name for name in peace.files() if name.endswith(WEIGHTS)
+        name for name in peace.files() if name.endswith(ALIKE)
         and not ((run.root / name).exists()
                  and (run.root / name).read_bytes() == (peace.root / name).read_bytes())
     ]  # fmt: skip
@@ -208,6 +208,7 @@ def main() -> int:
                 for fault in faults:
                     print(f"  WRONG: {fault}")
             if run.start().wait() != 0:
+                wrong.append("the last run failed")
                 print(f"  WRONG: {run.errors.read_text()}")
             unlike = ended(run, peace)
             wrong += unlike

@@ -308,11 +308,13 @@ CELL = {
     "task": "pos", "objective": "mlm", "transform": "invert", "seed": 0, "source": 90.0, "BS": 90.0,
     "BZ": 80.5, "Delta": -9.5, "alignment": {"all": 1.5, "outside": None, "outside rotated": 2.5},
     "other measures": {}, "files": [None, None], "seconds": 3.0, "settings": RECORD["settings"],
+    "text": {},
 }  # fmt: skip
 
 
 def read_cell(path: Path) -> None:
-    evaluation.read_cells(path.parents[1])
+    (cell,) = evaluation.read_cells(path.parents[1])
+    evaluation.table(cell["task"], [cell])
 
 
 def read_undo(path: Path) -> None:

@@ -636,7 +636,8 @@ def write_cells(root: Path, order=lambda cells: cells) -> list[dict]:
             "task": "pos", "objective": objective, "transform": transform, "seed": seed,
             "source": source, "BZ": bz, "BS": bs, "Delta": bz - bs, "other measures": {},
             "alignment": {"all": everywhere, "outside": outside, "outside rotated": None},
-            "settings": settings_of(objective, transform, seed), "seconds": 1.0,
+            "settings": settings_of(objective, transform, seed), "text": {"corpus": []},
+            "files": [None, None], "seconds": 1.0,
         })  # fmt: skip
     for cell in order(cells):
         place = root / f"{cell['transform']}-{cell['objective']}-{cell['seed']}"
@@ -681,6 +682,19 @@ def test_one_seed_has_no_spread_and_another_transformation_no_published_row(tmp_
     assert lines[0] == "QA, F1:" and lines[-1] == "exact match, BZ: XLM 9.0."
     row = "| permute | XLM | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 4.0 | - | 0.5 | - | - | - |"
     assert lines[-3] == row
+
+
+@pytest.mark.parametrize("change", [{}, {"text": {"corpus": ["x"]}}, {"files": ["a", "b"]}])
+def test_cells_of_another_text_are_no_seeds_of_the_same(change, tmp_path, monkeypatch, capfd):
+    cell = write_cells(tmp_path)[0]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "pos.json").write_text(json.dumps(cell | change))
+    if "text" in change:
+        evaluation.report(tmp_path, tmp_path / "out")
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert sum(line.startswith("| transliterate") for line in text.splitlines()) == 9
+    else:
+        assert "more than once" in failure(monkeypatch, capfd, "report", tmp_path)
 
 
 def test_an_ablations_cells_are_told_apart_by_what_varies(tmp_path):
@@ -758,8 +772,8 @@ def test_the_grid_runs_every_cell_keeps_the_finished_and_reports(tmp_path, monke
     cells = [json.loads(p.read_text()) for p in sorted((tmp_path / "runs").glob("*/pos.json"))]
     assert [(c["objective"], c["seed"]) for c in cells] == [("xlm", 0)]
     assert out.count("| XLM |") == 1
-    results = json.loads((tmp_path / "runs" / "results.json").read_text())
-    assert results == [cell | {"condition": cell["transform"]} for cell in cells]
+    (result,) = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert result["condition"] == result["transform"] and result["BZ"] == cells[0]["BZ"]
 
     monkeypatch.setattr(evaluation, "run_cell", None)  # a cell run again would fail
     command(monkeypatch, evaluation, *argv)
@@ -802,7 +816,10 @@ def test_a_grid_is_every_objective_transformation_value_and_seed(monkeypatch):
 @pytest.mark.parametrize("argv", [
     ["--vary", "alpha"], ["--vary", "transform", "invert"], ["--vary", "no", "1"],
     ["--vary", "alpha", "much"], ["--vary", "steps", "1.5"], ["--vary", "alpha", "1", "--alpha", 2],
-    ["--seed", 1], ["--train", "a", "b"], ["--tasks", "pos", "ner", "--test", "a"],
+    ["--seed", 1], ["--train", "a", "b"], ["--seeds", 0], ["--threads", -1], ["--jobs", "x"],
+    ["--vary", "seed", 1], ["--vary", "languages", 2], ["--train", "missing", "--test", "missing"],
+    ["--corpus", __file__], ["--mask-share", 0.01], ["--tune-length", 1],
+    ["--tasks", "pos", "ner", "--test", "a"],
     ["--transforms", "invart"], ["--tasks", "sum"],
 ])  # fmt: skip
 def test_a_grid_that_cannot_be_is_one_line(argv, tmp_path, monkeypatch, capfd):
@@ -811,9 +828,22 @@ def test_a_grid_that_cannot_be_is_one_line(argv, tmp_path, monkeypatch, capfd):
 
 
 def hold(folder: Path, ready) -> None:
-    with evaluation.claim(folder) as mine:
+    with train.claim(folder) as mine:
         ready.put(mine)
         time.sleep(60)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capfd):
+    argv = [
+        "grid", "--out", tmp_path / "runs", "--objectives", "mlm", "--seeds", 1, "--jobs", 1,
+        "--sentences", 1500, *itertools.chain(*SIZES.items()), "--device", "cpu",
+        "--vary", "rate", "1e6", "0.003",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as left:
+        train.guarded(evaluation.main)
+    assert left.value.code == 2 and "1 cells failed" in capfd.readouterr().err
+    assert len(list((tmp_path / "runs").glob("*/pos.json"))) == 1
 
 
 def test_a_claim_is_one_processs_until_that_is_dead(tmp_path):
@@ -822,7 +852,7 @@ def test_a_claim_is_one_processs_until_that_is_dead(tmp_path):
     owner = context.Process(target=hold, args=(tmp_path / "cell", ready))
     owner.start()
     assert ready.get(timeout=60)
-    with evaluation.claim(tmp_path / "cell") as mine:
+    with train.claim(tmp_path / "cell") as mine:
         assert not mine
     assert evaluation.run_cell(
         tmp_path / "cell", None, None, {}, "cpu", 1, math.inf, {}
@@ -830,7 +860,7 @@ def test_a_claim_is_one_processs_until_that_is_dead(tmp_path):
     owner.kill()
     owner.join()
     for _ in range(2):
-        with evaluation.claim(tmp_path / "cell") as mine:
+        with train.claim(tmp_path / "cell") as mine:
             assert mine
 
 
@@ -873,7 +903,7 @@ def test_the_curve_is_of_the_models_kept_along_pre_training(
     points = json.loads((run / "curve.json").read_text())
     assert [point["step"] for point in points] == [20, 40]
     cell = evaluation.evaluate(run, "pos", (None, None), "cpu")
-    for key in ("objective", "source", "BZ", "alignment"):
+    for key in ("objective", "transform", "seed", "source", "BZ", "alignment"):
         assert points[-1][key] == cell[key]  # the last one is the model of the end
     evaluation.report(tmp_path, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "curves.json").read_text()) == [points]

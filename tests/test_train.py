@@ -275,11 +275,14 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert len({tuple(order) for order in orders}) == 9
 
 
-def numbered_corpus(s: Settings, rows: int = 20) -> train.Corpus:
-    """The words of a half row are its number."""
-    halves = SPECIALS + np.arange(2 * rows)[:, None] + np.zeros((1, s.positions // 2), np.int32)
-    numbers = halves.astype(np.int32).reshape(rows, s.positions)
-    return train.Corpus(None, numbers, numbers + s.shift, numbers)
+def numbered_corpus(s: Settings, sentences: int = 45) -> train.Corpus:
+    """Sentence n is the word SPECIALS + n again and again; with BOS it fills half a row."""
+    text = np.repeat(SPECIALS + np.arange(sentences), s.positions // 2 - 1)
+    text[s.positions // 2 - 2 :: s.positions // 2 - 1] = EOS
+    width = s.positions - 1
+    rows = text[: len(text) // width * width].reshape(-1, width)
+    rows = np.insert(rows, 0, BOS, axis=1).astype(np.int32)
+    return train.Corpus(None, rows, np.where(rows < SPECIALS, rows, rows + s.shift), rows)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -299,6 +302,7 @@ def test_a_batch_is_half_original_half_derived_and_masked(objective):
     untouched = np.ones(batch.tokens.shape, bool)
     np.put_along_axis(untouched, batch.masked, False, axis=1)
     derived = batch.tokens >= s.shift
+    untouched &= batch.tokens >= SPECIALS
     assert not derived[:half][untouched[:half]].any()
     assert derived[half : 2 * half][untouched[half : 2 * half]].all()
     np.testing.assert_array_equal(derived[untouched], batch.languages[untouched])
@@ -312,8 +316,8 @@ def test_a_batch_is_half_original_half_derived_and_masked(objective):
         np.testing.assert_array_equal(translated, expected)
 
 
-@pytest.mark.parametrize("share, halves", [(0.01, 1), (0.25, 10), (1.0, 40)])
-def test_pairs_are_counterparts_from_the_parallel_share_of_the_text(share, halves):
+@pytest.mark.parametrize("share, sentences", [(0.01, 1), (0.25, 12), (1.0, 45)])
+def test_pairs_are_counterparts_from_the_parallel_share_of_the_text(share, sentences):
     s = tiny(objective="xlm", parallel_share=share)
     corpus, seen = numbered_corpus(s), set()
     for step in range(30):
@@ -321,10 +325,33 @@ def test_pairs_are_counterparts_from_the_parallel_share_of_the_text(share, halve
         for row in range(4, 8):
             whole = batch.tokens[row].copy()
             whole[batch.masked[row]] = batch.labels[row]
-            (number,) = set(whole[:8])
-            assert set(whole[8:]) == {number + s.shift}
+            (number,) = set(whole[1:7])
+            assert whole.tolist() == [BOS, *[number] * 6, EOS, BOS, *[number + s.shift] * 6, EOS]
             seen.add(number - SPECIALS)
-    assert seen == set(range(halves))
+    assert seen == set(range(sentences))
+
+
+@pytest.mark.parametrize("transform", ["transliterate", "transliterate+invert", "syntax"])
+def test_pairs_begin_where_a_sentence_and_its_counterpart_do(transform, root):
+    s = tiny(transform=transform, positions=32)
+    corpus = train.prepare(SOURCE, s, root)
+    ids = train.derived_ids(s)
+    texts = [side[:, 1:].ravel() for side in (corpus.counterpart, corpus.derived)]
+    begins = [0, *np.flatnonzero(texts[0] == EOS) + 1]
+    assert corpus.starts.tolist() == begins[: len(corpus.starts)]
+    assert len(begins) - len(corpus.starts) < 20
+    original, derived = corpus.pairs(np.arange(len(corpus.starts)), 16)
+    found, whole = [], 0
+    for start, one, other in zip(corpus.starts, original, derived, strict=True):
+        for text, side in zip(texts, (one, other), strict=True):
+            assert side.tolist() == [BOS, *text[start : start + 15]]
+        moved = ids[one[1:]].tolist()
+        found.append(np.isin(other[1:], moved).mean())
+        if EOS in moved:
+            end = moved.index(EOS)
+            assert sorted(moved[:end]) == sorted(other[1 : end + 1])
+            whole += 1
+    assert whole > 50 and np.mean(found) > (0.99 if transform == "transliterate" else 0.5)
 
 
 @given(st.integers(1, 50), st.integers(1, 200))
