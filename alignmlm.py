@@ -254,7 +254,10 @@ def dropout(x, p: float):
 
 
 def attend(query, key, value, mask, p: float):
-    """softmax(Q K' / sqrt(d)) V with dropout of the weights; (B, heads, T, d) each."""
+    """softmax(Q K' / sqrt(d)) V with dropout of the weights; (B, heads, T, d) each.
+
+    mask: None, or (B, 1, 1, T) bool, False where nothing is to be attended to.
+    """
     if p == 0 or query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, mask, p)
     scores = query @ key.mT / math.sqrt(query.shape[-1])
@@ -314,7 +317,8 @@ class MaskedLM(nn.Module):
 
         languages, positions: (B, T) int64; None means all 0, and 0 to T - 1. A model with one
         language embedding gives it to both languages. padded: tokens may hold PAD, which no
-        token then attends to (without it attention needs no mask, which is faster).
+        token then attends to (without it attention needs no mask, which is faster). Raises
+        ValueError if T is beyond the model's positions.
         """
         T = tokens.shape[1]
         if T > (most := self.settings.positions):

@@ -395,7 +395,10 @@ def alignment_of(model: MaskedLM) -> dict[str, float | None]:
 
 
 def evaluate(folder: Path, name: str, files: tuple, device: str) -> dict:
-    """Fine-tune and test a run on a task, measure its alignment; write folder/NAME.json."""
+    """Fine-tune and test a run on a task, measure its alignment; write folder/NAME.json.
+
+    files: as of `read_task`. Returns the cell, all scores in percent. Raises ValueError.
+    """
     started = time.perf_counter()
     model, source, languages = read_run(folder)
     s = model.settings
@@ -694,6 +697,8 @@ def run_cell(
             if not mine:
                 return None
             train.run(folder, s, source, device, **options)
+            if time.time() > until:  # it was over in the last step
+                return None
             for name, files in tasks.items():
                 if not (folder / f"{name}.json").exists():
                     evaluate(folder, name, files, device)
@@ -758,8 +763,8 @@ def grid(args: argparse.Namespace) -> None:
         train.refuse_other(folder / "settings.json", train.record_of(s, source))
 
     def done(folder: Path) -> bool:
-        curve = args.keep_every == 0 or (folder / "curve.json").exists()
-        return all([finished(folder / f"{k}.json", v) for k, v in tasks.items()]) and curve
+        drawn = args.keep_every == 0 or (folder / "curve.json").exists()
+        return all([finished(folder / f"{k}.json", v) for k, v in tasks.items()]) and drawn
 
     todo = {folder: s for folder, s in cells.items() if not done(folder)}
     for s in {train.corpus_name(source, s): s for s in todo.values()}.values():

@@ -568,7 +568,7 @@ def read_inferences(path) -> Iterator[Inference]:
             raise InputError(f"{place}: {len(cells)} columns; the header has {len(header)}")
         try:
             row = dict(zip(header, cells, strict=True)) if header else _json(line)
-            names = PAIRS["sentence1" not in row]
+            names = PAIRS[0] if "sentence1" in row else PAIRS[1]
             premise, hypothesis = (Sentence(WORD.findall(row[name])) for name in names[:2])
             label, language = row[names[2]], row.get("language", "en")
         except MALFORMED:

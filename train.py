@@ -86,7 +86,10 @@ class Source:
 
 
 def train_tokenizer(sentences: Iterable[synth_lang.Sentence], pieces: int, path: Path) -> None:
-    """Write a unigram SentencePiece model of `pieces` ids, the shared specials first."""
+    """Write a unigram SentencePiece model of `pieces` ids, the shared specials first.
+
+    Raises InputError if the text has not so many.
+    """
     sentencepiece.set_random_generator_seed(0)  # of the sample below
     model = io.BytesIO()
     try:
@@ -248,6 +251,7 @@ def corpus_name(source: Source, s: Settings) -> str:
     return f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
+@functools.cache
 def order_of(source: Source) -> synth_lang.OrderModel:
     """The word order that `syntax` gives the derived language."""
     if source.order:
@@ -278,7 +282,7 @@ def prepare(source: Source, s: Settings, root: Path, workers: int | None = None)
 
     The original language and the derived one come from different halves of the text. The folder
     appears whole or not at all, so several runs may start at once. workers: processes beside this
-    one (with more than 8 it is the reading that takes the time).
+    one (with more than 8 it is the reading that takes the time). Raises InputError.
     """
     folder, order = root / corpus_name(source, s), order_of(source)
     if folder.exists():
@@ -358,7 +362,7 @@ def rate_at(step: int, s: Settings) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, s: Settings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone, as BERT has it."""
+    """AdamW with RoBERTa's constants; weight decay on matrices alone, as BERT has it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": s.weight_decay},
@@ -451,6 +455,8 @@ def pretrain(
 
     accumulate: in how many slices a batch is computed, one after another, to need less memory.
     keep_every: steps after which the model as it is then is kept, as model-<step>; 0 for never.
+    Raises ValueError after MAX_STREAK steps without a finite gradient. A signal ends the process,
+    status 128 + its number, when the step is done and saved.
     """
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(device)
@@ -754,8 +760,12 @@ def claim(folder: Path) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
-        else:
+            return
+        try:
             yield True
+        finally:
+            if [path.name for path in folder.iterdir()] == ["claim"]:  # bad input leaves nothing
+                shutil.rmtree(folder)
 
 
 def refuse_other(path: Path, record: dict) -> None:

@@ -862,6 +862,10 @@ def test_a_claim_is_one_processs_until_that_is_dead(tmp_path):
     for _ in range(2):
         with train.claim(tmp_path / "cell") as mine:
             assert mine
+            (tmp_path / "cell" / "settings.json").touch()
+    with train.claim(tmp_path / "empty"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["cell"]
 
 
 def test_a_cell_whose_time_is_over_is_saved_and_goes_on_to_the_same_numbers(

@@ -12,6 +12,15 @@ def test_the_table_is_the_one_that_the_report_wrote():
     assert report.strip() in README
 
 
+def test_every_row_of_results_is_one_that_a_report_wrote():
+    written = "".join(path.read_text() for path in ROOT.glob("results/*/report.md"))
+    for text in (README, (ROOT / "RESULTS.md").read_text()):
+        rows = re.findall(r"^\| (?:transliterate|invert|permute|syntax).*$", text, re.MULTILINE)
+        assert len(rows) >= 8
+        for row in rows:
+            assert row in written, row
+
+
 def test_every_file_of_the_map_has_about_as_many_lines_as_it_says():
     rows = re.findall(r"^\| \[([\w/]+\.py)\].*?\| (\d+) \|", README, re.MULTILINE)
     assert len(rows) == 8
