@@ -251,7 +251,6 @@ def corpus_name(source: Source, s: Settings) -> str:
     return f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-@functools.cache
 def order_of(source: Source) -> synth_lang.OrderModel:
     """The word order that `syntax` gives the derived language."""
     if source.order:
