@@ -403,7 +403,8 @@ def generate_inferences(n: int, seed: int = 0) -> Iterator[Inference]:
             ways["contradiction"].append((_swap, nodes, core[0], core[2]))
         hypothesis = _sentence(nodes)
         labels = labels or rng.sample(INFERENCES, 3)
-        way, *arguments = rng.choice(ways[label := labels.pop()])
+        label = labels.pop()
+        way, *arguments = rng.choice(ways[label])
         way(*arguments)
         if rng.random() < 0.5:
             _rename(general, rng.randrange(1, _language()[2][general.leaf][1]))

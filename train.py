@@ -139,10 +139,15 @@ class Languages:
 
 
 def follow_parent() -> None:
-    """Of a worker: stop, as by SIGTERM, when the parent has ended, even by SIGKILL."""
-    parent = multiprocessing.parent_process()
-    end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-    threading.Thread(target=lambda: (parent.join(), end()), daemon=True).start()
+    """Of a worker: to end when its parent has ended, even by SIGKILL."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # in which a run saves its step
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def start_worker(languages: Languages) -> None:

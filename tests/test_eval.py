@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import re
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -866,6 +867,36 @@ def test_a_claim_is_one_processs_until_that_is_dead(tmp_path):
     with train.claim(tmp_path / "empty"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import train
+
+def work():
+    train.follow_parent()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=work)
+    process.start()
+    print(process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_worker_ends_with_its_parent_even_by_sigkill(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    command = [sys.executable, tmp_path / "orphan.py", Path(train.__file__).parent]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        worker = Path("/proc", parent.stdout.readline().strip(), "cmdline")
+        assert worker.read_text()
+        parent.kill()
+    deadline = time.monotonic() + 120
+    while worker.exists() and worker.read_text():  # a zombie's is empty
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_cell_whose_time_is_over_is_saved_and_goes_on_to_the_same_numbers(
