@@ -648,7 +648,7 @@ def draw_curves(runs: list[list[dict]], path: Path) -> None:
             axis.set_title(label)
             axis.set_xlabel("step")
     lines = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
-    axes[0][0].legend(lines.values(), lines.keys())
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
     save(figure, path)
 
 
