@@ -447,7 +447,8 @@ def curve(folder: Path, files: tuple, device: str) -> list[dict]:
         step = int(path.name.split("-")[1])
         points.append(run | {"step": step, **scores, "alignment": alignment_of(model)})
     if not points:
-        raise ValueError(f"{folder}: no model of an earlier step: train with --keep-every")
+        raise ValueError(f"{folder}: kept no model of an earlier step: train with --keep-every "
+                         "in a new folder")  # fmt: skip
     write_text(folder / "curve.json", json.dumps(points, indent=2) + "\n")
     return points
 
@@ -728,7 +729,10 @@ def grid_cells(args: argparse.Namespace) -> dict[Path, Settings]:
         given = {"transform": transform, "objective": objective, "seed": seed}
         name = f"{transform}-{objective}-{seed}"
         if args.vary:
-            given[varied] = types[varied](value)
+            try:
+                given[varied] = types[varied](value)
+            except ValueError as error:
+                raise ValueError(f"--vary {varied}: {value!r} is no {types[varied]}") from error
             name += f"-{varied}={value}"
         cells[args.out / name] = preset(args.preset, **(settings | given))
     return cells
@@ -750,6 +754,8 @@ def finished(path: Path, files: tuple) -> bool:
 def grid(args: argparse.Namespace) -> None:
     """Every objective under every transformation with every seed; what is finished is kept."""
     source, cells = train.source_of(args), grid_cells(args)
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes:g}: give a time above 0")
     files = [args.train or [None] * len(args.tasks), args.test or [None] * len(args.tasks)]
     if {*map(len, files)} != {len(args.tasks)}:
         raise ValueError("--train, --test: give a file for each of --tasks, in their order")
@@ -819,6 +825,7 @@ def main() -> None:
         single.add_argument("folder", type=Path, help="of a run of train.py")
         single.add_argument("--train", metavar="FILE", help="to fine-tune on (built-in language)")
         single.add_argument("--test", metavar="FILE")
+        single.add_argument("--threads", type=train.count, help="of the CPU")
         train.add_device(single)
     several = commands.add_parser("report", help="tables and figures of finished runs")
     several.add_argument("folder", type=Path, help="that holds the runs' folders")
@@ -838,6 +845,8 @@ def main() -> None:
     for command in (several, every):
         command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")
     args = parser.parse_args()
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
     if args.command in TASKS:
         cell = evaluate(args.folder, args.command, (args.train, args.test), args.device)
         print(json.dumps(cell, indent=2))

@@ -8,9 +8,10 @@ and by a full disk. Between stops its newest checkpoint is sometimes damaged.
 
 A line is one stop: how, the step it went on from and the last it logged, the files that it left
 half written (`.part`; in making-data-*: the corpus), what was then damaged. The seed decides what
-is done and about when; the machine's timing decides the rest. WRONG, and exit status 1: it went on
-from another step than its newest undamaged checkpoint's, ended with other bits, lost log lines, or
-left with another exit status or more words than it should. Files left behind are named, no fault.
+is done and about when; the machine's timing decides the rest: a stop that comes when the run has
+ended is left out, and the run begins again. WRONG, and exit status 1: it went on from another step
+than its newest undamaged checkpoint's, ended with other bits, lost log lines, or left with another
+exit status or more words than it should. Files left behind are named, no fault.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +197,11 @@ def main() -> int:
                 bad = [p for p in run.folder.glob("checkpoint-*.safetensors") if p not in good]
                 after = STEPS * (number - len(BEFORE) - rng.random()) / (1 + len(DURING))
                 status = stop(run, how, after, rng)
+                if status == 0:  # a busy machine: nothing was stopped
+                    print(f"{name:13} {number:2} {how:9} came too late: from the beginning again")
+                    shutil.rmtree(run.root)
+                    run.root.mkdir()
+                    continue
                 half = [path for path, _ in run.files(HALF).items() - before]
                 faults = faults_of(run, how, status, good, bad)
                 struck.update({re.match(r"(run/)?[a-z]+", path)[0] for path in half})
