@@ -53,7 +53,7 @@ class Settings:
     """One experiment. The defaults are the paper's."""
 
     objective: str = setting("align", "; ".join(OBJECTIVES))
-    transform: str = setting("transliterate+invert", "transliterate, invert, permute, syntax; or several, by +")
+    transform: str = setting("transliterate+invert", "of transliterate, invert, permute, syntax")
     seed: int = setting(0, "of all that is random; the corpus has none")
     # the model
     vocab_size: int = setting(80_000, "rows of E: both languages' sub-words, half each")

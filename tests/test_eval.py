@@ -816,11 +816,11 @@ def test_a_grid_is_every_objective_transformation_value_and_seed(monkeypatch):
 
 @pytest.mark.parametrize("argv", [
     ["--vary", "alpha"], ["--vary", "transform", "invert"], ["--vary", "no", "1"],
-    ["--minutes", 0], ["--minutes", "nan"], ["--vary", "alpha", "much"], ["--vary", "steps", "1.5"], ["--vary", "alpha", "1", "--alpha", 2],
+    ["--vary", "alpha", "much"], ["--vary", "steps", "1.5"], ["--vary", "alpha", "1", "--alpha", 2],
     ["--seed", 1], ["--train", "a", "b"], ["--seeds", 0], ["--threads", -1], ["--jobs", "x"],
     ["--vary", "seed", 1], ["--vary", "languages", 2], ["--train", "missing", "--test", "missing"],
     ["--corpus", __file__], ["--mask-share", 0.01], ["--tune-length", 1],
-    ["--tasks", "pos", "ner", "--test", "a"],
+    ["--tasks", "pos", "ner", "--test", "a"], ["--minutes", 0], ["--minutes", "nan"],
     ["--transforms", "invart"], ["--tasks", "sum"],
 ])  # fmt: skip
 def test_a_grid_that_cannot_be_is_one_line(argv, tmp_path, monkeypatch, capfd):
