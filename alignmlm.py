@@ -369,9 +369,9 @@ def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]
 
     Nearest by cosine among all derived words. Over "all" words and over those "outside" the
     dictionary (NaN if there are none; words that both languages share count as known). With XLM
-    each side has its language embedding added first, as in the paper. "rotated": the
-    same after the orthogonal map of original onto derived rows that fits the dictionary best
-    (Schönemann 1966), which is what pairs give without any training. dictionary: (K, 2) int64.
+    each side has its language embedding added first, as in the paper. "rotated": the same after the
+    orthogonal map of original onto derived rows that fits the dictionary best (Schönemann 1966),
+    which is what pairs give without any training. dictionary: (K, 2) int64.
     """
     s, ids = model.settings, derived_ids(model.settings)
     weight = model.word_embeddings.weight.float()

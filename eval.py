@@ -796,16 +796,17 @@ def grid(args: argparse.Namespace) -> None:
                 if isinstance(error := future.exception(), ValueError):
                     failed.append(str(error))  # the other cells go on
                     bar.write(failed[-1])
-                elif found := future.result():
-                    bar.update()
-                for cell in (not error and found) or ():
+                    continue
+                found = future.result() or []
+                bar.update(bool(found))
+                for cell in found:
                     scores = " ".join(f"{k} {cell[k]:.1f}" for k in ("source", "BS", "BZ"))
                     name = f"{cell['transform']} {NAMES[cell['objective']]} {cell['seed']}"
                     bar.write(f"{cell['task']} {name}: {scores}")
     bar.close()
     if missing := sum(not done(folder) for folder in cells):
-        print(f"{missing} of {len(cells)} cells are unfinished or another's: the same command "
-              "goes on")  # fmt: skip
+        print(f"{missing} of {len(cells)} cells are unfinished, another's or failed: the same "
+              "command goes on")  # fmt: skip
     if missing < len(cells):
         print(report(args.out, args.results or args.out))
     if failed:
