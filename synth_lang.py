@@ -317,13 +317,10 @@ def _topics(nodes: list[Node]) -> list[tuple]:
 
 def _below(nodes: list[Node], top: Node) -> list[Node]:
     """The phrase of `top`: one piece, as trees are projective."""
-
-    def path(node):
-        while node is not ABOVE:
-            yield node
-            node = node.head
-
-    return [node for node in nodes if top in path(node)]
+    phrase = [top]
+    for head in phrase:  # it grows meanwhile
+        phrase += [node for node in nodes if node.head is head]
+    return [node for node in nodes if node in phrase]
 
 
 def _rename(node: Node, rank: int) -> None:
@@ -718,6 +715,11 @@ for _row in (
     SOV.update((_row[:4], a, b) for a, b in combinations(_row[5:].split(), 2))
 
 
+def read_order(treebank: str | None) -> OrderModel:
+    """The order of the language of a treebank in CoNLL-U; without one, SOV."""
+    return learn_order(read_conllu(treebank)) if treebank else SOV
+
+
 def _syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
     """Subtrees move as wholes (one with gaps is first drawn together); punctuation keeps its place
     in its row, so that a final '.' stays final."""
@@ -823,7 +825,7 @@ def _generate_files(args) -> dict[str, list[str]]:
 def _transform_file(args) -> dict[str, list[str]]:
     """The derived text or treebank; beside it, what the way back needs, a line of JSON a piece."""
     names = parse_transform(args.transform)
-    order = learn_order(read_conllu(args.order)) if args.order else SOV
+    order = read_order(args.order)
     treebank = ".conllu" in Path(args.file).name
     derived, undo = [], [json.dumps(treebank) + "\n"]
     pieces = _conllu_pieces(args.file) if treebank else _text_pieces(args.file)
@@ -872,10 +874,15 @@ def _write(path: str, parts: list[str]) -> None:
         raise InputError(f"{path}: {error.strerror}; give a place that can be written") from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 if the user's input is at fault."""
     run = {"generate": _generate_files, "transform": _transform_file, "invert": _invert_file}
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = _Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("command", choices=run)
     parser.add_argument("file", nargs="?", help="text, or X.conllu: a treebank")
     parser.add_argument("-o", "--out", help="(FILE.COMMAND; of generate, a folder: language)")
@@ -883,10 +890,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--order", metavar="TREEBANK", help="of the language that syntax imitates")
     parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
     parser.add_argument("--seed", type=int, default=0, help="of generate and of permute")
-    args = parser.parse_intermixed_args(arguments)
-    generating = args.command == "generate"
-    args.out = args.out or ("language" if generating else f"{args.file}.{args.command}")
     try:
+        args = parser.parse_intermixed_args(arguments)
+        generating = args.command == "generate"
+        args.out = args.out or ("language" if generating else f"{args.file}.{args.command}")
         if args.sentences < 1 or not (generating or args.file):
             raise InputError("give a file to transform or invert, or at least one --sentences")
         for path, parts in run[args.command](args).items():

@@ -1060,6 +1060,8 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
         (["invert", str(broken)], "does not fit"),
         (["generate", "--out", f"{good}/below"], "Not a directory"),
         (["generate", "--transform", "x"], "no transformation 'x'"),
+        (["translate", str(text)], "invalid choice: 'translate'"),
+        (["generate", "--seeds", "1"], "unrecognized arguments: --seeds 1"),
     ]
     for arguments, message in cases:
         folder = good.parent
