@@ -226,9 +226,9 @@ def ask_translations(
     """DICT-MLM, in place: half of the masked tokens in D are to be predicted in translation.
 
     The language embedding at such a place becomes that of the language asked for: the only sign of
-    what is wanted. This is the definition of Chaudhary et al. 2020, where the *label*
-    is translated. The ALIGN-MLM authors' code translates the *input* and keeps the label; the
-    definition is kept here, because the method that was published is what we compare with.
+    what is wanted. As in Chaudhary et al. 2020 the *label* is translated; the code of ALIGN-MLM's
+    authors translates the *input* and keeps the label. What is kept here is the method that was
+    published, as that is what we compare with.
     """
     translation = np.full(s.vocab_size, -1)
     translation[dictionary[:, 0]], translation[dictionary[:, 1]] = dictionary.T[::-1]
@@ -432,10 +432,13 @@ DAMAGE = (OSError, AttributeError, KeyError, TypeError, ValueError, OverflowErro
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all: under another name, flushed, then renamed."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(part, path)
 
 

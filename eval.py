@@ -20,31 +20,29 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from scipy.special import log_softmax
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import synth_lang
 import train
 from alignmlm import BOS, DAMAGE, EOS, OBJECTIVES, PAD, MaskedLM, Settings
 from alignmlm import alignment_score, from_hf, make_dictionary, preset, write_text
-from train import Languages, Source, make_optimizer, order_of, prepare
+from train import Languages, Source, make_optimizer, prepare
 
 SCORES = ("source", "BS", "BZ", "Delta")
 ALIGNMENTS = ("all", "outside", "outside rotated")
@@ -84,8 +82,7 @@ class Row(NamedTuple):
     answer: tuple = ()  # of QA: the question's number, the words at the labels, the right answers
 
 
-@dataclass
-class Side:
+class Side(NamedTuple):
     """One of the two languages, into which examples are put."""
 
     languages: Languages
@@ -191,7 +188,7 @@ class Nli(Pos):
         yield Row(tokens, labels)
 
 
-class Qa:
+class Qa(Pos):
     """Extractive question answering: BOS question EOS context EOS, and where the answer is in it.
 
     Asked are BOS and the context's words, each at its first sub-word; a label's bits say that the
@@ -202,14 +199,10 @@ class Qa:
     measures = "F1", "exact match"  # as SQuAD defines them
     generate = staticmethod(synth_lang.generate_questions)
     read = staticmethod(synth_lang.read_questions)
-    names = "begins", "ends"
-
-    def __init__(self, examples: list):
-        pass
 
     @staticmethod
     def labels_of(example) -> list[str]:
-        return []
+        return ["begins", "ends"]
 
     def rows(self, example, index, side):
         question = list(itertools.chain(*side.encode(example.question, index)[1]))
@@ -317,11 +310,9 @@ def batches(rows: list[Row], size: int, rng: np.random.Generator | None = None):
     if rng is not None:
         rng.shuffle(chunks)
     for chunk in chunks:
-        shape = len(chunk), lengths[chunk].max()
-        tokens, labels = np.full(shape, PAD), np.full(shape, SILENT)
-        for at, i in enumerate(chunk):
-            tokens[at, : lengths[i]], labels[at, : lengths[i]] = rows[i].tokens, rows[i].labels
-        yield chunk, torch.from_numpy(tokens), torch.from_numpy(labels)
+        tokens = [torch.from_numpy(rows[i].tokens) for i in chunk]
+        labels = [torch.from_numpy(rows[i].labels) for i in chunk]
+        yield chunk, pad_sequence(tokens, True, PAD), pad_sequence(labels, True, SILENT)
 
 
 class Tagger(nn.Module):
@@ -336,37 +327,33 @@ class Tagger(nn.Module):
     def forward(self, tokens, language: int):
         """tokens (B, T) int64, padded -> (B, T, names)."""
         languages = torch.full_like(tokens, language)
-        on_gpu = tokens.device.type != "cpu"
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
             hidden = self.encoder.encode(tokens, languages, padded=True)
             return self.classifier(self.dropout(hidden)).float()
 
 
-def fine_tune(encoder: MaskedLM, task: Pos | Qa, rows: list[Row], language: int) -> Tagger:
+def fine_tune(encoder: MaskedLM, task: Pos, rows: list[Row], language: int) -> Tagger:
     """A model of the task trained on rows of a language; the encoder given stays as it was."""
-    s = encoder.settings
+    s, device = encoder.settings, encoder.head_bias.device
     torch.manual_seed(s.seed)
     rng = np.random.default_rng([s.seed, 5])
-    tagger = Tagger(copy.deepcopy(encoder), len(task.names)).to(encoder.head_bias.device).train()
+    tagger = Tagger(copy.deepcopy(encoder), len(task.names)).to(device).train()
     tagger.encoder.word_embeddings.weight.requires_grad_(not s.freeze_embeddings)
     optimizer = make_optimizer(tagger, s)
     steps = s.tune_epochs * -(-len(rows) // s.tune_batch)
-    device = encoder.head_bias.device
-    step = 0
-    for _ in range(s.tune_epochs):
-        for _, tokens, labels in batches(rows, s.tune_batch, rng):
-            for group in optimizer.param_groups:
-                group["lr"] = s.tune_rate * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
-            task.loss(tagger(tokens.to(device), language), labels.to(device)).backward()
-            torch.nn.utils.clip_grad_norm_(tagger.parameters(), s.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+    epochs = (batches(rows, s.tune_batch, rng) for _ in range(s.tune_epochs))
+    for step, (_, tokens, labels) in enumerate(itertools.chain.from_iterable(epochs)):
+        for group in optimizer.param_groups:
+            group["lr"] = s.tune_rate * min(1, 10 * (step + 1) / steps) * (1 - step / steps)
+        task.loss(tagger(tokens.to(device), language), labels.to(device)).backward()
+        torch.nn.utils.clip_grad_norm_(tagger.parameters(), s.clip)
+        optimizer.step()
+        optimizer.zero_grad()
     return tagger
 
 
 @torch.no_grad()
-def measure(tagger: Tagger, task: Pos | Qa, rows: list[Row], language: int) -> tuple[float, ...]:
+def measure(tagger: Tagger, task: Pos, rows: list[Row], language: int) -> tuple[float, ...]:
     """The task's measures, in percent, on rows of a language."""
     tagger.eval()
     logits = [None] * len(rows)
@@ -383,7 +370,7 @@ def read_run(folder: Path, model: str = "model") -> tuple[MaskedLM, Source, Lang
     try:
         record = json.loads(path.read_text())
         s, source = Settings(**record["settings"]), Source(**record["source"])
-        languages = Languages(folder / "tokenizer.model", s, order_of(source))
+        languages = Languages(folder / "tokenizer.model", s, synth_lang.read_order(source.order))
     except DAMAGE as error:
         raise ValueError(f"{path}: not a run of train.py: {error}") from error
     return from_hf(folder / model, s), source, languages
@@ -483,32 +470,34 @@ def interval(alignment: list[float], delta: list[float]) -> tuple[float, float]:
     x, y = (ranks - ranks.mean(1, keepdims=True) for ranks in (x, y))
     scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
     known = scale > 0  # not where a sample's values are all equal
-    if not known.any():
-        return math.nan, math.nan
-    return tuple(np.percentile((x * y).sum(1)[known] / scale[known], [2.5, 97.5]).tolist())
+    rho = (x * y).sum(1)[known] / scale[known]
+    return tuple(np.percentile(rho, [2.5, 97.5]).tolist()) if known.any() else (math.nan, math.nan)
+
+
+def read_cell(path: Path) -> dict:
+    """A finished cell. ValueError if something of it is missing, unknown or no number."""
+    try:
+        cell = json.loads(path.read_text())
+        # the first and the last of these are there to fail
+        TASKS[cell["task"]], NAMES[cell["objective"]], synth_lang.parse_transform(cell["transform"])
+        scores = [cell, *cell["other measures"].values()]
+        numbers = [score[name] for score in scores for name in SCORES]
+        numbers += [x for x in map(cell["alignment"].__getitem__, ALIGNMENTS) if x is not None]
+        math.fsum([cell["seed"], cell["settings"]["seed"], cell["alignment"]["all"], *numbers])
+        of = {"text": str(cell["text"]), "files": str(cell["files"])}
+        return cell | {"settings": dataclasses.asdict(Settings(**cell["settings"])) | of}
+    except DAMAGE as error:
+        raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
 
 
 def read_cells(folder: Path) -> list[dict]:
     """All finished cells below a folder, in a fixed order; ValueError for one that is not."""
-    cells = []
-    for path in sorted(path for name in TASKS for path in folder.glob(f"*/{name}.json")):
-        try:
-            cell = json.loads(path.read_text())
-            # these are there to fail where something is missing, unknown or no number
-            synth_lang.parse_transform(cell["transform"])
-            place = list(TASKS).index(cell["task"]), cell["transform"]
-            key = *place, list(NAMES).index(cell["objective"]), int(cell["seed"]), str(path)
-            cell["settings"]["seed"], [other["BZ"] for other in cell["other measures"].values()]
-            of = {"text": str(cell["text"]), "files": str(cell["files"])}
-            cell["settings"] = dataclasses.asdict(Settings(**cell["settings"])) | of
-            math.fsum([*(cell[score] for score in SCORES), cell["alignment"]["all"]])
-            math.fsum(x for x in map(cell["alignment"].__getitem__, ALIGNMENTS) if x is not None)
-        except DAMAGE as error:
-            raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
-        cells.append((key, cell | {"condition": cell["transform"]}))
-    if not cells:
+    paths = sorted(path for name in TASKS for path in folder.glob(f"*/{name}.json"))
+    if not paths:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
-    cells = [cell for _, cell in sorted(cells, key=lambda pair: pair[0])]
+    places = {name: place for place, name in enumerate((*TASKS, *NAMES))}
+    cells = [cell | {"condition": cell["transform"]} for cell in map(read_cell, paths)]
+    cells.sort(key=lambda c: (places[c["task"]], c["transform"], places[c["objective"]], c["seed"]))
     told = "objective", "transform", "seed", "languages", "files"
     for name in (name for name in cells[0]["settings"] if name not in told):
         if len({cell["settings"][name] for cell in cells}) > 1:
@@ -574,16 +563,14 @@ def rho_of(cells: list[dict]) -> str:
 
 def panels(rows: int, columns: int, sharey: bool | str = "row"):
     """A figure, and its rows of axes."""
-    size = 1 + 4 * columns, 3.6 * rows
-    return plt.subplots(rows, columns, sharey=sharey, squeeze=False, figsize=size,
-                        layout="constrained")  # fmt: skip
+    figure = Figure(figsize=(1 + 4 * columns, 3.6 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharey=sharey, squeeze=False)
 
 
 def save(figure, path: Path) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     figure.savefig(part, format="png", dpi=120, metadata={"Software": None})
     part.replace(path)
-    plt.close(figure)
 
 
 def draw_delta(tasks: dict[str, list[dict]], path: Path) -> None:
@@ -673,14 +660,6 @@ def report(folder: Path, out: Path) -> str:
 # ---------------------------------------------------------------------------------------- grid
 
 
-class Stopped(BaseException):  # which no library catches
-    """The time that was given is over."""
-
-
-def stop(*_):
-    raise Stopped
-
-
 def run_cell(
     folder: Path, s: Settings, source: Source, tasks: dict, device: str, threads: int, until: float,
     options: dict,
@@ -691,7 +670,7 @@ def run_cell(
     """
     torch.set_num_threads(threads)
     if until < math.inf:
-        signal.signal(signal.SIGALRM, stop)
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit())
         signal.setitimer(signal.ITIMER_REAL, max(1e-3, until - time.time()))
     try:
         with train.claim(folder) as mine:
@@ -706,7 +685,7 @@ def run_cell(
             if options["keep_every"] and not (folder / "curve.json").exists():
                 curve(folder, tasks.get("pos", (None, None)), device)
             return [json.loads((folder / f"{name}.json").read_text()) for name in tasks]
-    except (Stopped, SystemExit):  # of train.run, when it has saved
+    except SystemExit:  # the alarm's; in training train.run's, when it has saved
         return None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -742,11 +721,7 @@ def finished(path: Path, files: tuple) -> bool:
     """Whether a task's cell is there. ValueError if it is damaged, or of other files."""
     if not path.exists():
         return False
-    try:
-        there = json.loads(path.read_text())["files"]
-    except DAMAGE as error:
-        raise ValueError(f"{path}: not a finished cell ({error}): delete it") from error
-    if there != list(files):
+    if (there := read_cell(path)["files"]) != list(files):
         raise ValueError(f"{path}: of other --train and --test files, {there}: use a new --out")
     return True
 
@@ -814,15 +789,12 @@ def grid(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = train.Parser(description=__doc__, epilog=train.EXITS, formatter_class=form)
+    parser = train.Parser(description=__doc__, epilog=train.EXITS)
     commands = parser.add_subparsers(dest="command", required=True)
-    singles = [
-        commands.add_parser(name, help=f"fine-tune and test one run on {name.upper()}")
-        for name in TASKS
-    ]
-    singles.append(commands.add_parser("curve", help="POS and alignment along one pre-training"))
-    for single in singles:
+    meanings = {name: f"fine-tune and test one run on {name.upper()}" for name in TASKS}
+    meanings["curve"] = "POS and alignment along one pre-training"
+    for name, meaning in meanings.items():
+        single = commands.add_parser(name, help=meaning)
         single.add_argument("folder", type=Path, help="of a run of train.py")
         single.add_argument("--train", metavar="FILE", help="to fine-tune on (built-in language)")
         single.add_argument("--test", metavar="FILE")
@@ -839,7 +811,6 @@ def main() -> None:
     every.add_argument("--transforms", nargs="+", default=["transliterate+invert"])
     every.add_argument("--seeds", type=train.count, default=2, help="(%(default)s)")
     every.add_argument("--vary", nargs="+", metavar="SETTING VALUE", help="an ablation")
-    every.add_argument("--keep-every", type=int, default=0, metavar="STEPS", help="for curves")
     every.add_argument("--minutes", type=float, default=math.inf, help="then stop, to go on later")
     every.add_argument("--jobs", type=train.count, help="cells at a time (a core each; 1 on a GPU)")
     train.add_options(every)

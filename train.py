@@ -38,7 +38,6 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +60,7 @@ BLOCK = 1_000  # sentences: the original language has every other block, the der
 PARTS = "original", "derived", "counterpart"  # a file each; the last is the derived one's original
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Where the text comes from; the built-in language if no file is given."""
 
@@ -214,21 +213,18 @@ class Packer:
         return self.rows
 
 
-@dataclass
+@dataclasses.dataclass
 class Corpus:
     """Packed ids on disk, memory-mapped, (rows, T) int32 each."""
 
-    languages: Languages
     original: np.ndarray  # one half of the text
     derived: np.ndarray  # the other half, transformed; its ids already shifted
     counterpart: np.ndarray  # that other half untransformed, sentence for sentence beside it
 
     @staticmethod
-    def open(folder: Path, s: Settings, order) -> "Corpus":
+    def open(folder: Path, s: Settings) -> "Corpus":
         arrays = [np.memmap(folder / f"{part}.bin", np.int32, "r") for part in PARTS]
-        languages = Languages(folder / "tokenizer.model", s, order)
-        return Corpus(languages, *(array.reshape(-1, s.positions) for array in arrays))
-
+        return Corpus(*(array.reshape(-1, s.positions) for array in arrays))
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -256,13 +252,6 @@ def corpus_name(source: Source, s: Settings) -> str:
     return f"data-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def order_of(source: Source) -> synth_lang.OrderModel:
-    """The word order that `syntax` gives the derived language."""
-    if source.order:
-        return synth_lang.learn_order(synth_lang.read_conllu(source.order))
-    return synth_lang.SOV
-
-
 @contextlib.contextmanager
 def making(root: Path) -> Iterator[None]:
     """While a corpus is made in root. If nobody else makes one, what killed runs left is removed:
@@ -288,10 +277,11 @@ def prepare(source: Source, s: Settings, root: Path, workers: int | None = None)
     appears whole or not at all, so several runs may start at once. workers: processes beside this
     one (with more than 8 it is the reading that takes the time). Raises InputError.
     """
-    folder, order = root / corpus_name(source, s), order_of(source)
+    folder = root / corpus_name(source, s)
     if folder.exists():
-        return Corpus.open(folder, s, order)
+        return Corpus.open(folder, s)
 
+    order = synth_lang.read_order(source.order)
     workers = workers or min(max(os.cpu_count() - 1, 1), 8)
     bar = functools.partial(tqdm, unit=" sentences", mininterval=1)
     with making(root), tempfile.TemporaryDirectory(dir=root, prefix="making-data-") as made:
@@ -311,8 +301,7 @@ def prepare(source: Source, s: Settings, root: Path, workers: int | None = None)
         os.chmod(made, 0o755)  # for other users of a shared folder too
         with contextlib.suppress(OSError):  # another run has just made the same
             os.rename(made, folder)
-            os.mkdir(made)  # for its owner to remove
-    return Corpus.open(folder, s, order)
+    return Corpus.open(folder, s)
 
 
 # ------------------------------------------------------------------------------------- batches
@@ -382,10 +371,9 @@ def save_checkpoint(folder: Path, step: int, skipped: int, model, optimizer) -> 
     """
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensors[name] = parameter.detach()
+        tensors[name] = parameter.detach().cpu()
         for kind, tensor in optimizer.state[parameter].items():
-            tensors[f"{kind} {name}"] = tensor
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            tensors[f"{kind} {name}"] = tensor.cpu()
     metadata = {"step": str(step), "skipped": str(skipped)}
     metadata["crc32"] = checksum(tensors, metadata)
     save_tensors(folder / f"checkpoint-{step:08d}.safetensors", tensors, metadata)
@@ -572,26 +560,14 @@ def model_flops(s: Settings) -> int:
     return 6 * B * (T * s.layers * layer + M * (D * D + s.vocab_size * D))
 
 
-def peak_memory(step, device: str) -> int:
-    """Bytes that one call of `step` takes at most, beyond what is allocated before it."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
-
-
 def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> None:
     """Print what a step costs, beside one of transformers' RobertaForMaskedLM, and its parts.
 
     Same process, weights, batch, optimizer and clipping. Theirs computes its own loss, over the
     logits of every token, as it is used.
     """
+    from kernels.bench import peak_memory, take_turns  # draws figures: not for every training
+
     try:
         from transformers import RobertaForMaskedLM
     except ImportError as error:
@@ -602,7 +578,7 @@ def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> No
         theirs = RobertaForMaskedLM.from_pretrained(folder).to(device).train()
     rng, pairs = np.random.default_rng(0), make_dictionary(s)
     tokens = rng.integers(SPECIALS, s.pieces, (s.batch, s.positions), np.int32)
-    corpus = Corpus(None, tokens, derived_ids(s)[tokens], tokens)
+    corpus = Corpus(tokens, derived_ids(s)[tokens], tokens)
     batch = make_batch(corpus, s, pairs, 0).to(device)
     dictionary = torch.from_numpy(pairs).to(device)
     inputs = {
@@ -610,22 +586,14 @@ def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> No
         "attention_mask": torch.ones_like(batch.tokens),  # as its collator makes it
         "labels": torch.full_like(batch.tokens, -100).scatter_(1, batch.masked, batch.labels),
     }  # fmt: skip
-    last, seconds = 0.0, collections.defaultdict(list)
 
-    def mark(name: str) -> None:
-        nonlocal last  # since the mark before
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds[name].append(time.perf_counter() - last)
-        last = time.perf_counter()
-
-    def step(network, model, optimizer, loss_of, mark=lambda name: None):
+    def step(network, optimizer, loss_of, mark=lambda name: None):
         with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
             loss = loss_of(network)
         mark("forward, head and vocabulary loss")
         loss.backward()
         mark("backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), s.clip)
         optimizer.step()
         optimizer.zero_grad()
         mark("clipping and optimizer")
@@ -635,30 +603,35 @@ def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> No
         ("alignmlm", ours, lambda network: network(batch, dictionary)[0]),
         ("transformers", theirs, lambda network: network(**inputs).loss),
     ):
-        rest = model, make_optimizer(model, s), loss_of
+        rest = make_optimizer(model, s), loss_of
         steps[name] = functools.partial(step, model, *rest)
         if compiled:
             steps[f"{name}, compiled"] = functools.partial(step, torch.compile(model), *rest)
     size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     square = torch.randn(size, size, device=device, dtype=dtype)
-    for _ in range(3 + repeats):  # in turn, so that all meet the same machine; three to warm up
-        for name, call in (*steps.items(), ("product", lambda: square @ square)):
-            mark("")
-            call()
-            mark(name)
-    rate = 2 * size**3 / min(seconds["product"])
+    times = take_turns(steps | {"product": lambda: square @ square}, repeats, device)
+    rate = 2 * size**3 / min(times["product"]) * 1e3
     print("| step | tokens/s | median ms | fastest | slowest | MFU | extra MiB | times as fast |\n"
           "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")  # fmt: skip
     for name, call in steps.items():
-        median, low, high = (f(seconds[name][3:]) for f in (np.median, min, max))
-        print(f"| {name} | {tokens.size / median:,.0f} | {1e3 * median:.1f} | {1e3 * low:.1f} "
-              f"| {1e3 * high:.1f} | {model_flops(s) / median / rate:.1%} "
+        ms = np.median(times[name])
+        print(f"| {name} | {1e3 * tokens.size / ms:,.0f} | {ms:.1f} | {min(times[name]):.1f} "
+              f"| {max(times[name]):.1f} | {1e3 * model_flops(s) / ms / rate:.1%} "
               f"| {peak_memory(call, device) / 2**20:.0f} "
-              f"| {np.median(seconds['transformers'][3:]) / median:.2f} |")  # fmt: skip
+              f"| {np.median(times['transformers']) / ms:.2f} |")  # fmt: skip
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}. MFU: of the "
           f"{rate / 1e12:.3g} TFLOP/s of a product of two {size} x {size} {dtype}.\n")  # fmt: skip
 
-    seconds.clear()
+    last, parts = 0.0, collections.defaultdict(list)
+
+    def mark(name: str) -> None:
+        nonlocal last  # the milliseconds since the mark before are of this part
+        if device != "cpu":
+            torch.cuda.synchronize()
+        now = 1e3 * time.perf_counter()
+        parts[name].append(now - last)
+        last = now
+
     ours.head_dense.register_forward_pre_hook(lambda *_: mark("forward, encoder"))
     for number in range(repeats):
         mark("")
@@ -668,7 +641,7 @@ def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> No
         if s.objective == "align":
             alignment_loss(ours.word_embeddings.weight, dictionary)
             mark("forward, alignment loss")
-    parts = {name: 1e3 * np.median(times) for name, times in seconds.items() if name}
+    parts = {name: np.median(ms) for name, ms in parts.items() if name}
     parts["forward, head and vocabulary loss"] -= parts.get("forward, alignment loss", 0)
     print("| part of a step of alignmlm | ms | % |\n| --- | ---: | ---: |")
     for name, ms in parts.items():
@@ -702,6 +675,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=count, default=1,
                         help="slices of a batch (%(default)s)")  # fmt: skip
     parser.add_argument("--save-every", type=count, default=1000, help="steps (%(default)s)")
+    parser.add_argument("--keep-every", type=count, default=0, metavar="STEPS",
+                        help="keep the model then, as model-<step> (never)")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="with torch.compile (on a GPU, if a C compiler and triton are there)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="(%(default)s)")
@@ -794,6 +769,10 @@ EXITS = "Exit status: 0 done; 2 bad input, in one line; 128 + n stopped by signa
 class Parser(argparse.ArgumentParser):
     """Of a `guarded` command."""
 
+    def __init__(self, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=form, allow_abbrev=False, **options)
+
     def error(self, message: str):
         raise ValueError(f"{message}: see --help")
 
@@ -818,8 +797,6 @@ def run(
     save_every: int = 1000, accumulate: int = 1, compiled: bool | None = None, keep_every: int = 0,
 ) -> None:  # fmt: skip
     """Everything from the text to folder/model, or as much of it as is still to be done."""
-    if min(save_every, accumulate) < 1 or keep_every < 0:
-        raise ValueError("--save-every and --accumulate must be at least 1, --keep-every 0")
     compiled = compiles(device) if compiled is None else compiled
     if s.batch % (WORLD * accumulate):
         raise ValueError(f"batch {s.batch} cannot be cut into {WORLD * accumulate} equal slices")
@@ -844,13 +821,9 @@ def run(
 
 
 def main() -> None:
-    parser = Parser(
-        description=__doc__, epilog=EXITS, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXITS)
     parser.add_argument("folder", type=Path, nargs="?", help="of the run; its corpus is beside it")
     parser.add_argument("--bench", action="store_true", help="time a step; needs transformers")
-    parser.add_argument("--keep-every", type=int, default=0, metavar="STEPS",
-                        help="keep the model then, as model-<step> (never)")  # fmt: skip
     add_options(parser)
     args = parser.parse_args()
     s = preset(args.preset, **given_settings(args))
@@ -867,13 +840,11 @@ def main() -> None:
         torch.distributed.init_process_group(
             "gloo" if args.device == "cpu" else "nccl", timeout=datetime.timedelta(days=1)
         )
-    source = source_of(args)
-    refuse_other(args.folder / "settings.json", record_of(s, source))
     with claim(args.folder) if RANK == 0 else contextlib.nullcontext(True) as mine:
         if not mine:
             raise ValueError(f"{args.folder}: another process trains here: wait for it")
         run(
-            args.folder, s, source, args.device,
+            args.folder, s, source_of(args), args.device,
             save_every=args.save_every, accumulate=args.accumulate, compiled=args.compile,
             keep_every=args.keep_every,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Time and memory of both losses, forward and backward together, beside others that compute them.
 
-    python -m kernels.bench [--out results] [--quick]
+    python -m kernels.bench [--out results]
 
 On a GPU: by device events, against eager PyTorch, torch.compile and, after `pip install .[bench]`,
 Liger and CCE; with shares of two rooflines measured in the same run. On a CPU: the plain path
@@ -9,11 +9,10 @@ against gather + F.linear + F.cross_entropy. Writes kernels-gpu.json and .png, o
 
 import argparse
 import json
-import multiprocessing
-import re
 import statistics
 import time
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ GPU_SHAPES = [
 ]  # fmt: skip
 CPU_SHAPES = [("masked_lm", 4_000, 256, 16_000), ("masked_lm", 53_333, 256, 16_000),
               ("masked_lm", 2_000, 64, 4_000), ("alignment", 1_000, 64, 4_000)]  # fmt: skip
-KERNELS = "masked_lm", "alignment"
 MASKED = 0.15  # of the tokens have a label: N = 600, 8,000 and 300 on the CPU
 
 
@@ -82,9 +80,37 @@ def contestants(kernel, cuda):
 
 
 def step(loss, case):
+    loss(*case).backward()
     for tensor in case:
         tensor.grad = None
-    loss(*case).backward()
+
+
+def peak_memory(call, device):
+    """Bytes that a call takes at most, beyond what is allocated before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
+
+
+def take_turns(calls, repeats, device):
+    """Milliseconds of each call, name -> [repeats], after three to warm up. They take turns, so
+    that a busy machine is busy for all."""
+    times = {name: [] for name in calls}
+    for _ in range(3 + repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: ms[3:] for name, ms in times.items()}
 
 
 def rooflines():
@@ -108,50 +134,30 @@ def measure_gpu(shape):
     # Three products of N rows, or 2K rows of fp32 read and written.
     work = 6 * round(MASKED * size) * D * V if kernel == "masked_lm" else 4 * size * D * 4
     torch.compiler.reset()  # or it gives up after 8 shapes
-    before = torch.cuda.memory_allocated()
     for name, loss in contestants(kernel, True).items():
+        call = partial(step, loss, case)
         for _ in range(3):  # compiles, makes indices
-            step(loss, case)
-        torch.cuda.reset_peak_memory_stats()
-        step(loss, case)
-        extra = torch.cuda.max_memory_allocated() - before
+            call()
+        extra = peak_memory(call, "cuda")
         # Microseconds of work would be timed by their launches: these are replayed from a graph.
         bench = testing.do_bench if kernel == "masked_lm" else testing.do_bench_cudagraph
-        ms = bench(partial(step, loss, case), rep=500, quantiles=[0.2, 0.5, 0.8])
+        ms = bench(call, rep=500, quantiles=[0.2, 0.5, 0.8])
         yield {"name": name, "ms": ms, "extra_bytes": extra, "rate": work / ms[1] * 1e3}
 
 
-def peak_cpu(shape, name):
-    """Bytes by which a step raises the peak of a new process that has done a small one (Linux)."""
-    loss, case, peaks = contestants(shape[0], False)[name], make(*shape, "cpu", torch.float32), []
-    for inputs in (make(shape[0], 50, 16, 200, "cpu", torch.float32), case):
-        step(loss, inputs)
-        status = Path("/proc/self/status").read_text()
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024)
-    return peaks[1] - peaks[0]
-
-
 def measure_cpu(shape, repeats=9):
-    """Rows of results. The contestants take turns, so that a busy machine is busy for all."""
+    """Rows of results, as of `measure_gpu`, without a roofline."""
     case = make(*shape, "cpu", torch.float32)
-    losses = contestants(shape[0], False)
-    times = {name: [] for name in losses}
-    for _ in range(repeats + 1):
-        for name, loss in losses.items():
-            start = time.perf_counter()
-            step(loss, case)
-            times[name].append((time.perf_counter() - start) * 1e3)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, (_, *ms) in times.items():
-            low, *_, high = statistics.quantiles(ms, n=5)
-            yield {"name": name, "ms": [low, statistics.median(ms), high],
-                   "extra_bytes": pool.apply(peak_cpu, (shape, name))}  # fmt: skip
+    calls = {k: partial(step, loss, case) for k, loss in contestants(shape[0], False).items()}
+    for name, ms in take_turns(calls, repeats, "cpu").items():
+        low, *_, high = statistics.quantiles(ms, n=5)
+        yield {"name": name, "ms": [low, statistics.median(ms), high],
+               "extra_bytes": peak_memory(calls[name], "cpu")}  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--quick", action="store_true", help="the project's size only")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -159,8 +165,6 @@ def main():
     report = {"device": device, "torch": torch.__version__, "roofs": roofs, "rows": []}
     print(device, *(f"{kernel}: roof {roof:.4g}/s" for kernel, roof in roofs.items()), sep="; ")
     shapes = GPU_SHAPES if cuda else CPU_SHAPES
-    if options.quick:
-        shapes = [next(s for s in shapes if s[0] == kernel) for kernel in KERNELS]
     axes = Figure(figsize=(8, 1 + 0.6 * len(shapes)), layout="constrained").subplots()
     for at, shape in enumerate(shapes):
         rows = list(measure_gpu(shape) if cuda else measure_cpu(shape))

@@ -76,6 +76,12 @@ def run(folder: Path, s: Settings, **options) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+def languages_of(source: train.Source, s: Settings, root: Path) -> train.Languages:
+    """Of a corpus that is made."""
+    tokenizer = root / train.corpus_name(source, s) / "tokenizer.model"
+    return train.Languages(tokenizer, s, synth_lang.SOV)
+
+
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -106,7 +112,7 @@ def test_rows_without_their_bos_are_the_text_however_it_comes(pieces, length):
 @pytest.mark.parametrize("transform", ["transliterate+invert", "transliterate+permute", "syntax"])
 def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(transform, root):
     s = tiny(transform=transform)
-    corpus = train.prepare(SOURCE, s, root)
+    corpus, languages = train.prepare(SOURCE, s, root), languages_of(SOURCE, s, root)
     texts = {"original": [], "derived": [], "counterpart": []}
     for index, sentence in enumerate(synth_lang.generate(1500, seed=0)):
         names = [name for name in transform.split("+") if name != "transliterate"]
@@ -117,7 +123,7 @@ def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(
             "derived": [] if index < 1000 else moved.words,
         }.items():
             if words:
-                ids = corpus.languages.encode(words, derived=part == "derived")
+                ids = languages.encode(words, derived=part == "derived")
                 texts[part] += [*itertools.chain(*ids), EOS]
     for part, text in texts.items():
         rows = getattr(corpus, part)
@@ -133,7 +139,8 @@ def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(
 
 @pytest.fixture(scope="module")
 def languages(root):
-    return train.prepare(SOURCE, tiny(), root).languages
+    train.prepare(SOURCE, tiny(), root)
+    return languages_of(SOURCE, tiny(), root)
 
 
 def test_the_specials_come_first_and_then_the_unknown(languages):
@@ -189,7 +196,7 @@ def test_however_many_work_on_a_text_its_bytes_are_the_same(transform, tmp_path)
         train.prepare(LONG, s, tmp_path / str(workers), workers)
     one, three = content(tmp_path / "1"), content(tmp_path / "3")
     assert one == three and len(one) == 3
-    languages = train.prepare(LONG, s, tmp_path / "1").languages
+    languages = languages_of(LONG, s, tmp_path / "1")
     packers = {part: train.Packer(tmp_path / f"{part}.bin", s.positions) for part in train.PARTS}
     for index, sentence in enumerate(LONG.read()):  # and they are these, one by one
         derived = index // 1000 % 2 == 1
@@ -282,7 +289,7 @@ def numbered_corpus(s: Settings, sentences: int = 45) -> train.Corpus:
     width = s.positions - 1
     rows = text[: len(text) // width * width].reshape(-1, width)
     rows = np.insert(rows, 0, BOS, axis=1).astype(np.int32)
-    return train.Corpus(None, rows, np.where(rows < SPECIALS, rows, rows + s.shift), rows)
+    return train.Corpus(rows, np.where(rows < SPECIALS, rows, rows + s.shift), rows)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -708,7 +715,7 @@ def test_models_kept_on_the_way_are_those_of_the_step_and_disturb_nothing(
 def test_the_operations_of_a_step_are_those_that_torch_counts(changes):
     s = tiny(**changes)  # with dropout, for torch leaves out its fused attention on a CPU
     tokens = np.random.default_rng(0).integers(SPECIALS, s.pieces, (s.batch, s.positions))
-    model, corpus = MaskedLM(s), train.Corpus(None, tokens, tokens, tokens)
+    model, corpus = MaskedLM(s), train.Corpus(tokens, tokens, tokens)
     batch = train.make_batch(corpus, s, make_dictionary(s), 0).to("cpu")
     with FlopCounterMode(display=False) as counter:
         hidden = model.encode(batch.tokens)
@@ -808,6 +815,7 @@ BAD = {  # arguments -> what the line names
     "--steps many": "--steps: invalid int value: 'many'",
     "--device tpu": "--device",
     "--nonsense": "--nonsense",
+    "--step 5": "--step",
 }
 
 
