@@ -547,16 +547,22 @@ def table(task: str, cells: list[dict]) -> str:
             for (_, objective), same in groups(cells).items()
         ]
         text += f"\n{measure}, BZ: {', '.join(found)}.\n"
-    if len(cells) > 2:
-        text += f"\n{rho_of(cells)}.\n"
-    return text
+    return text + (f"\n{rho}.\n" if (rho := rho_of(cells)) else "")
 
 
 def rho_of(cells: list[dict]) -> str:
-    values = [c["alignment"]["all"] for c in cells], [c["Delta"] for c in cells]
+    """The correlation, over conditions: seeds of one are no independent cells, so it is of their
+    means. Empty for two conditions or fewer."""
+    points = [
+        [np.mean([c["alignment"]["all"] for c in same]), np.mean([c["Delta"] for c in same])]
+        for same in groups(cells).values()
+    ]
+    if len(points) < 3:
+        return ""
+    values = np.transpose(points)
     (rho, p), (low, high) = correlation(*values), interval(*values)
     return (
-        f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, {len(cells)} cells, "
+        f"Spearman's rho of alignment and -Delta: {rho:.3f} (p = {p:.2g}, {len(points)} rows, "
         f"95 % of bootstrap samples {low:.2f} to {high:.2f})"
     )
 
@@ -605,8 +611,8 @@ def draw_alignment(tasks: dict[str, list[dict]], path: Path) -> None:
             same = [c for c in cells if c["objective"] == objective]
             axis.plot([c["alignment"]["all"] for c in same], [c["Delta"] for c in same], marker,
                       label=name, markerfacecolor="none", markeredgecolor="black")  # fmt: skip
-        found = f"\n{rho_of(cells).replace(' (', chr(10) + '(')}" if len(cells) > 2 else ""
-        axis.set_title(f"{task.upper()}{found}", fontsize="small")
+        found = rho_of(cells).replace(" (", "\n(")
+        axis.set_title(f"{task.upper()}\n{found}", fontsize="small")
         axis.set_xlabel("alignment, % of the words")
     axes[0][0].set_ylabel("Delta = BZ - BS, points")
     axes[0][0].legend()
