@@ -228,11 +228,16 @@ class Corpus:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """Where a sentence of the derived text and of its counterpart begins, BOS not counted."""
+        """Where pairs begin in the text, BOS not counted: where a sentence does, if half a row on
+        one has just ended, two ids before at most (or the fewest that there are). For what is cut
+        off need not have a counterpart in the row."""
+        T = self.derived.shape[1]
         ends = np.flatnonzero(self.derived.ravel() == EOS)
-        ends -= ends // self.derived.shape[1]  # an id's place, from 1 on, without the rows' BOS
-        room = self.derived.size - len(self.derived) - self.derived.shape[1] // 2 + 1
-        return np.concatenate([[0], ends[ends <= room]])
+        starts = np.concatenate([[0], ends - ends // T])
+        stops = starts + T // 2 - 1
+        cut = stops - starts[np.searchsorted(starts, stops, "right") - 1]
+        fits = stops <= self.derived.size - len(self.derived)
+        return starts[fits & (cut <= max(2, cut[fits].min()))]
 
     def pairs(self, rows: np.ndarray, length: int) -> list[np.ndarray]:
         """BOS and the text from these starts on, (rows, length) int32: original, and derived."""

@@ -339,26 +339,29 @@ def test_pairs_are_counterparts_from_the_parallel_share_of_the_text(share, sente
 
 
 @pytest.mark.parametrize("transform", ["transliterate", "transliterate+invert", "syntax"])
-def test_pairs_begin_where_a_sentence_and_its_counterpart_do(transform, root):
+def test_pairs_are_sentences_and_their_counterparts_but_for_two_words_at_most(transform, root):
     s = tiny(transform=transform, positions=32)
     corpus = train.prepare(SOURCE, s, root)
     ids = train.derived_ids(s)
     texts = [side[:, 1:].ravel() for side in (corpus.counterpart, corpus.derived)]
-    begins = [0, *np.flatnonzero(texts[0] == EOS) + 1]
-    assert corpus.starts.tolist() == begins[: len(corpus.starts)]
-    assert len(begins) - len(corpus.starts) < 20
+    expected = []
+    for begin in [0, *np.flatnonzero(texts[0] == EOS) + 1]:
+        window = texts[0][begin : begin + 15]
+        if len(window) == 15 and EOS in window[-3:]:
+            expected.append(begin)
+    assert corpus.starts.tolist() == expected and len(expected) >= 20
     original, derived = corpus.pairs(np.arange(len(corpus.starts)), 16)
-    found, whole = [], 0
     for start, one, other in zip(corpus.starts, original, derived, strict=True):
         for text, side in zip(texts, (one, other), strict=True):
             assert side.tolist() == [BOS, *text[start : start + 15]]
-        moved = ids[one[1:]].tolist()
-        found.append(np.isin(other[1:], moved).mean())
-        if EOS in moved:
-            end = moved.index(EOS)
-            assert sorted(moved[:end]) == sorted(other[1 : end + 1])
-            whole += 1
-    assert whole > 50 and np.mean(found) > (0.99 if transform == "transliterate" else 0.5)
+        assert np.isin(other[1:], ids[one[1:]]).sum() >= 13
+
+
+def test_where_no_sentence_ends_near_half_a_row_the_nearest_is_taken():
+    text = np.arange(90) % 50 + SPECIALS
+    text[[9, 22, 40, 63]] = EOS  # sentences of 10, 13, 18, 23 ids; half a row has 7
+    rows = np.insert(text.reshape(-1, 15), 0, BOS, axis=1)
+    assert train.Corpus(rows, rows, rows).starts.tolist() == [0, 10, 23, 41, 64]
 
 
 @given(st.integers(1, 50), st.integers(1, 200))
