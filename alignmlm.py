@@ -79,7 +79,7 @@ class Settings:
     weight_decay: float = setting(0.01)
     clip: float = setting(1.0, "the gradient's norm")
     # fine-tuning
-    tune_epochs: int = setting(10)
+    tune_epochs: int = setting(10, "for NLI the paper has 5")
     tune_batch: int = setting(32)
     tune_rate: float = setting(2e-5)
     tune_length: int = setting(128, "tokens")
