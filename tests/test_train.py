@@ -359,7 +359,7 @@ def test_pairs_are_sentences_and_their_counterparts_but_for_two_words_at_most(tr
 
 def test_where_no_sentence_ends_near_half_a_row_the_nearest_is_taken():
     text = np.arange(90) % 50 + SPECIALS
-    text[[9, 22, 40, 63]] = EOS  # sentences of 10, 13, 18, 23 ids; half a row has 7
+    text[[9, 22, 40, 63, 83, 89]] = EOS  # half a row has 7 ids, more than are left after the fifth
     rows = np.insert(text.reshape(-1, 15), 0, BOS, axis=1)
     assert train.Corpus(rows, rows, rows).starts.tolist() == [0, 10, 23, 41, 64]
 
