@@ -69,7 +69,7 @@ class Settings:
     mask_share: float = setting(0.15, "of the tokens")
     alpha: float = setting(10.0, "weight of the alignment loss")
     dictionary_share: float = setting(0.5, "of the vocabulary, in D")
-    parallel_share: float = setting(0.25, "of the corpus, for XLM")
+    parallel_share: float = setting(0.25, "of the pairs that the text has room for, for XLM")
     translate_probability: float = setting(0.5, "for DICT-MLM")
     # pre-training
     batch: int = setting(128, "sequences a step")
@@ -223,7 +223,7 @@ def pair_translations(original: np.ndarray, derived: np.ndarray) -> tuple[np.nda
 def ask_translations(
     batch: Batch, dictionary: np.ndarray, s: Settings, rng: np.random.Generator
 ) -> None:
-    """DICT-MLM, in place: half of the masked tokens in D are to be predicted in translation.
+    """DICT-MLM, in place: of the masked tokens in D a share is to be predicted in translation.
 
     The language embedding at such a place becomes that of the language asked for: the only sign of
     what is wanted. As in Chaudhary et al. 2020 the *label* is translated; the code of ALIGN-MLM's

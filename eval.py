@@ -491,7 +491,7 @@ def read_cell(path: Path) -> dict:
 
 
 def read_cells(folder: Path) -> list[dict]:
-    """All finished cells below a folder, in a fixed order; ValueError for one that is not."""
+    """All finished cells right below a folder, in a fixed order; ValueError for one that is not."""
     paths = sorted(path for name in TASKS for path in folder.glob(f"*/{name}.json"))
     if not paths:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
