@@ -690,7 +690,7 @@ def run_cell(
                     evaluate(folder, name, files, device)
             if options["keep_every"] and not (folder / "curve.json").exists():
                 curve(folder, tasks.get("pos", (None, None)), device)
-            return [json.loads((folder / f"{name}.json").read_text()) for name in tasks]
+            return [read_cell(folder / f"{name}.json") for name in tasks]
     except SystemExit:  # the alarm's; in training train.run's, when it has saved
         return None
     finally:

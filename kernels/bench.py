@@ -86,7 +86,8 @@ def step(loss, case):
 
 
 def peak_memory(call, device):
-    """Bytes that a call takes at most, beyond what is allocated before it."""
+    """Bytes that a call takes at most, beyond what is allocated before it: gradients count only if
+    the call before has let its own go."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -145,11 +146,11 @@ def measure_gpu(shape):
         yield {"name": name, "ms": ms, "extra_bytes": extra, "rate": work / ms[1] * 1e3}
 
 
-def measure_cpu(shape, repeats=9):
+def measure_cpu(shape):
     """Rows of results, as of `measure_gpu`, without a roofline."""
     case = make(*shape, "cpu", torch.float32)
     calls = {k: partial(step, loss, case) for k, loss in contestants(shape[0], False).items()}
-    for name, ms in take_turns(calls, repeats, "cpu").items():
+    for name, ms in take_turns(calls, 9, "cpu").items():
         low, *_, high = statistics.quantiles(ms, n=5)
         yield {"name": name, "ms": [low, statistics.median(ms), high],
                "extra_bytes": peak_memory(calls[name], "cpu")}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -604,3 +605,12 @@ def test_a_failed_write_leaves_the_model_that_was_there(tmp_path, monkeypatch):
         alignmlm.to_hf(random_model(tiny(), seed=1), tmp_path)
     back = alignmlm.from_hf(tmp_path)
     assert torch.equal(back.head_bias, first.head_bias)
+
+
+def test_a_text_that_a_full_disk_cuts_off_is_named_and_the_old_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    alignmlm.write_text(path, "old")
+    with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        alignmlm.write_text(path, "new")
+    assert error.value.filename == str(path) and path.read_text() == "old"
