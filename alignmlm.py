@@ -14,6 +14,7 @@ Letters in shapes: B sequences of T tokens, M of them masked; D width; V rows of
 matrix, both languages'; K dictionary pairs.
 """
 
+import copy
 import json
 import math
 import os
@@ -363,33 +364,50 @@ class MaskedLM(nn.Module):
 # ---------------------------------------------------------------------------------- measurement
 
 
+def added_languages(model: MaskedLM):
+    """What alignment adds to original and to derived words, (2, D): XLM's language embeddings, as
+    the paper does, and nothing else."""
+    return model.language_embeddings.weight[[0, -1]] * (model.settings.objective == "xlm")
+
+
 @torch.no_grad()
 def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]:
     """The share, in percent, of original words whose nearest derived word is their counterpart.
 
     Nearest by cosine among all derived words. Over "all" words and over those "outside" the
-    dictionary (NaN if there are none; words that both languages share count as known). With XLM
-    each side has its language embedding added first, as in the paper. "rotated": the same after the
-    orthogonal map of original onto derived rows that fits the dictionary best (Schönemann 1966),
-    which is what pairs give without any training. dictionary: (K, 2) int64.
+    dictionary (NaN if there are none; words that both languages share count as known).
+    dictionary: (K, 2) int64. Source: the paper.
     """
-    s, ids = model.settings, derived_ids(model.settings)
-    weight = model.word_embeddings.weight.float()
-    original, derived = weight[SPECIALS : s.pieces], weight[torch.tensor(ids[SPECIALS:])]
-    if s.objective == "xlm":
-        original = original + model.language_embeddings.weight[0]
-        derived = derived + model.language_embeddings.weight[1]
-    known = dictionary[:, 0] - SPECIALS
-    u, _, v = torch.linalg.svd(original[known].T @ derived[known])
-    derived = F.normalize(derived, dim=1)
-    outside = ids[SPECIALS:] >= s.pieces
-    outside[known] = False
-    shares = {}
-    for suffix, rows in (("", original), (" rotated", original @ (u @ v))):
-        nearest = [(some @ derived.T).argmax(1) for some in rows.split(1024)]
-        found = torch.cat(nearest).cpu().numpy() == np.arange(len(rows))
-        shares |= {f"all{suffix}": found, f"outside{suffix}": found[outside]}
+    s, ids = model.settings, derived_ids(model.settings)[SPECIALS:]
+    E, language = model.word_embeddings.weight, added_languages(model)
+    original = E[SPECIALS : s.pieces] + language[0]
+    derived = F.normalize(E[torch.tensor(ids)] + language[1], dim=1)
+    nearest = torch.cat([(some @ derived.T).argmax(1) for some in original.split(1024)])
+    found = nearest.cpu().numpy() == np.arange(len(ids))
+    outside = ids >= s.pieces
+    outside[dictionary[:, 0] - SPECIALS] = False
+    shares = {"all": found, "outside": found[outside]}
     return {k: 100 * float(v.mean()) if len(v) else math.nan for k, v in shares.items()}
+
+
+@torch.no_grad()
+def rotate(model: MaskedLM, dictionary: np.ndarray) -> MaskedLM:
+    """A copy with the derived words turned onto the original ones, which the model is then to take
+    them for: what a dictionary gives without any training.
+
+    By the orthogonal map that fits the dictionary best (Schönemann 1966). Words that both
+    languages share stay. dictionary: (K, 2) int64.
+    """
+    model = copy.deepcopy(model)
+    E, language = model.word_embeddings.weight, added_languages(model)
+    pairs = torch.from_numpy(dictionary[dictionary[:, 0] != dictionary[:, 1]])
+    original, derived = E[pairs.T] + language[:, None]  # (K, D) each
+    u, _, v = torch.linalg.svd(derived.T @ original)
+    own = derived_ids(model.settings)
+    own = torch.from_numpy(own[own >= model.settings.pieces])
+    E[own] = (E[own] + language[1]) @ (u @ v) - language[0]
+    model.language_embeddings.weight[-1] = model.language_embeddings.weight[0]
+    return model
 
 
 # ---------------------------------------------------------- out to, and in from, transformers

@@ -306,7 +306,8 @@ def read_model(path: Path) -> None:
 
 CELL = {
     "task": "pos", "objective": "mlm", "transform": "invert", "seed": 0, "source": 90.0, "BS": 90.0,
-    "BZ": 80.5, "Delta": -9.5, "alignment": {"all": 1.5, "outside": None, "outside rotated": 2.5},
+    "BZ": 80.5, "Delta": -9.5, "BZ rotated": 81.5,
+    "alignment": {"all": 1.5, "outside": None, "outside rotated": 2.5},
     "other measures": {}, "files": [None, None], "seconds": 3.0, "settings": RECORD["settings"],
     "text": {},
 }  # fmt: skip

@@ -419,16 +419,30 @@ def test_planted_alignments_are_found_whatever_their_length(objective):
     assert score["outside"] == 100
 
 
-@given(SEEDS, st.sampled_from(["xlm", "dict"]))
-def test_a_rotation_between_the_languages_is_found_from_the_dictionary(seed, objective):
-    s = tiny(objective=objective, languages=2, dictionary_share=0.7)
+@given(SEEDS, st.sampled_from(OBJECTIVES), st.sampled_from([0.0, 0.3]))
+@settings(max_examples=25, deadline=None)
+def test_a_rotation_between_the_languages_is_undone_with_the_dictionary(seed, objective, overlap):
+    given = {"vocab_size": 80, "width": 16, "overlap": overlap, "dictionary_share": 0.8}
+    s = tiny(objective=objective, languages=2, **given)
     model, pairs = random_model(s, seed), alignmlm.make_dictionary(s)
+    assume((pairs[:, 0] != pairs[:, 1]).sum() >= s.width)
     E, language = model.word_embeddings.weight.data, model.language_embeddings.weight.data
     added = language if objective == "xlm" else torch.zeros(2, s.width)
+    ids = torch.tensor(alignmlm.derived_ids(s))
+    own = ids >= s.pieces
     rotation, _ = torch.linalg.qr(torch.randn(s.width, s.width))
-    E[s.shift :] = (E[: s.shift] + added[0]) @ rotation - added[1]
-    score = alignmlm.alignment_score(model, pairs)
-    assert (score["all rotated"], score["outside rotated"]) == (100, 100) and score["all"] < 50
+    E[ids[own]] = (E[: s.pieces][own] + added[0]) @ rotation - added[1]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    rotated = alignmlm.rotate(model, pairs)
+    assert alignmlm.alignment_score(rotated, pairs)["all"] == 100
+    tokens = torch.randint(SPECIALS, s.pieces, (3, 8))
+    original = rotated.encode(tokens, torch.zeros_like(tokens))
+    derived = rotated.encode(ids[tokens], torch.ones_like(tokens))
+    torch.testing.assert_close(derived, original, rtol=0, atol=1e-3)
+    assert (rotated.word_embeddings.weight[: s.pieces] == E[: s.pieces]).all()
+    for name, tensor in model.state_dict().items():  # of the model given
+        assert (tensor == before[name]).all(), name
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -475,17 +476,22 @@ def test_zero_shot_is_trained_on_the_original_and_tested_on_the_derived(
 ):
     def fine_tune(model, task, rows, language):
         assert len(rows) == 150
-        return language, rows[0].tokens[1] >= 150
+        return SimpleNamespace(encoder="as it is", side=(language, rows[0].tokens[1] >= 150))
 
-    def measure(trained_on, task, rows, language):
+    def measure(tagger, task, rows, language):
         assert len(rows) == 60
-        sides = *trained_on, language, rows[0].tokens[1] >= 150
-        return ({(0, 0, 0, 0): 1.0, (0, 0, 1, 1): 2.0, (1, 1, 1, 1): 3.0}[sides],)
+        sides = *tagger.side, language, rows[0].tokens[1] >= 150
+        scores = {(0, 0, 0, 0): 1.0, (0, 0, 1, 1): 2.0, (1, 1, 1, 1): 3.0}
+        return (scores[sides] + (3 if tagger.encoder == "rotated" else 0),)
+
+    def rotate(model, pairs):
+        return model if isinstance(model, MaskedLM) else "rotated"
 
     monkeypatch.setattr(evaluation, "fine_tune", fine_tune)
+    monkeypatch.setattr(evaluation, "rotate", rotate)
     monkeypatch.setattr(evaluation, "measure", measure)
     cell = evaluation.evaluate(folder / "one", "pos", (None, None), "cpu")
-    assert [cell[k] for k in ("source", "BZ", "BS", "Delta")] == [1, 2, 3, -1]
+    assert [cell[k] for k in ("source", "BZ", "BS", "Delta", "BZ rotated")] == [1, 2, 3, -1, 5]
 
 
 def test_where_counterparts_are_alike_zero_shot_costs_nothing(
@@ -501,7 +507,8 @@ def test_where_counterparts_are_alike_zero_shot_costs_nothing(
     to_hf(model, place / "model")
     for task in TASKS:
         cell = evaluation.evaluate(place, task, (None, None), "cpu")
-        assert cell["source"] == cell["BZ"] == cell["BS"] and cell["Delta"] == 0
+        assert {cell[k] for k in ("BZ", "BS", "BZ rotated")} == {cell["source"]}
+        assert cell["Delta"] == 0
         assert set(cell["alignment"].values()) == {100}
 
 
@@ -632,10 +639,11 @@ def write_cells(root: Path, order=lambda cells: cells) -> list[dict]:
     for transform, objective, seed in itertools.product(
         ("transliterate+invert", "transliterate"), OBJECTIVES, (0, 1)
     ):
-        source, bs, bz, everywhere, outside = rng.uniform(0, 100, 5)
+        source, bs, bz, rotated, everywhere, outside = rng.uniform(0, 100, 6)
         cells.append({
             "task": "pos", "objective": objective, "transform": transform, "seed": seed,
-            "source": source, "BZ": bz, "BS": bs, "Delta": bz - bs, "other measures": {},
+            "source": source, "BZ": bz, "BS": bs, "Delta": bz - bs, "BZ rotated": rotated,
+            "other measures": {},
             "alignment": {"all": everywhere, "outside": outside, "outside rotated": None},
             "settings": settings_of(objective, transform, seed), "text": {"corpus": []},
             "files": [None, None], "seconds": 1.0,
@@ -660,14 +668,14 @@ def test_the_table_has_the_mean_and_spread_of_the_seeds(tmp_path):
             if (c["transform"], evaluation.NAMES[c["objective"]]) == (row[0], row[1])
         ]  # fmt: skip
         assert len(same) == 2 and row[2] == "2"
-        columns = [[c[k] for c in same] for k in ("source", "BS", "BZ", "Delta")]
+        columns = [[c[k] for c in same] for k in evaluation.SCORES]
         columns += [[c["alignment"][k] for c in same] for k in ("all", "outside")]
-        assert row[9] == "-"
-        for entry, (one, other) in zip(row[3:9], columns, strict=True):
+        assert row[10] == "-"
+        for entry, (one, other) in zip(row[3:10], columns, strict=True):
             mean, deviation = (one + other) / 2, abs(one - other) / 2**0.5
             assert entry == f"{mean:.1f} ± {deviation:.1f}"
         objective = next(o for o, name in evaluation.NAMES.items() if name == row[1])
-        assert [float(x) for x in row[10:]] == list(PUBLISHED[row[0], objective][4:])
+        assert [float(x) for x in row[11:]] == list(PUBLISHED[row[0], objective][4:])
     values = [[c["alignment"]["all"] for c in cells], [-c["Delta"] for c in cells]]
     means = np.reshape(values, (2, 8, 2)).mean(-1)  # over seeds, which are no cells of their own
     assert f"{scipy.stats.spearmanr(*means).statistic:.3f} (" in text and "8 rows" in text
@@ -676,12 +684,13 @@ def test_the_table_has_the_mean_and_spread_of_the_seeds(tmp_path):
 def test_one_seed_has_no_spread_and_another_transformation_no_published_row(tmp_path):
     cell = {
         "objective": "xlm", "condition": "permute", "seed": 0, "source": 1.0, "BS": 2.0, "BZ": 3.0,
-        "Delta": 1.0, "alignment": {"all": 4.0, "outside": None, "outside rotated": 0.5},
+        "Delta": 1.0, "BZ rotated": 5.0,
+        "alignment": {"all": 4.0, "outside": None, "outside rotated": 0.5},
         "other measures": {"exact match": {"BZ": 9.0}},
     }  # fmt: skip
     lines = evaluation.table("qa", [cell]).splitlines()
     assert lines[0] == "QA, F1:" and lines[-1] == "exact match, BZ: XLM 9.0."
-    row = "| permute | XLM | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 4.0 | - | 0.5 | - | - | - |"
+    row = "| permute | XLM | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 5.0 | 4.0 | - | 0.5 | - | - | - |"
     assert lines[-3] == row
 
 
@@ -743,7 +752,7 @@ def test_a_cell_that_is_none_is_one_line_that_names_it(content, tmp_path, monkey
     assert not list(tmp_path.glob("*.png")) and not (tmp_path / "results.json").exists()
 
 
-KEYS = "source", "BS", "BZ", "Delta", "seed", "alignment", "transform", "settings", "task"
+KEYS = *evaluation.SCORES, "seed", "alignment", "transform", "settings", "task"
 
 
 @pytest.mark.parametrize("key", KEYS)
