@@ -476,20 +476,25 @@ def test_zero_shot_is_trained_on_the_original_and_tested_on_the_derived(
 ):
     def fine_tune(model, task, rows, language):
         assert len(rows) == 150
-        return SimpleNamespace(encoder="as it is", side=(language, rows[0].tokens[1] >= 150))
+        side = language, rows[0].tokens[1] >= 150
+        return SimpleNamespace(encoder=copy.deepcopy(model), side=side)
 
     def measure(tagger, task, rows, language):
         assert len(rows) == 60
-        sides = *tagger.side, language, rows[0].tokens[1] >= 150
-        scores = {(0, 0, 0, 0): 1.0, (0, 0, 1, 1): 2.0, (1, 1, 1, 1): 3.0}
-        return (scores[sides] + (3 if tagger.encoder == "rotated" else 0),)
+        turned = bool((tagger.encoder.word_embeddings.weight[150:] == 7).all())
+        assert not (tagger.encoder.word_embeddings.weight[:150] == 7).any()
+        sides = *tagger.side, language, rows[0].tokens[1] >= 150, turned
+        return ({(0, 0, 0, 0, 0): 1.0, (0, 0, 1, 1, 0): 2.0, (1, 1, 1, 1, 0): 3.0,
+                 (0, 0, 0, 1, 1): 5.0}[sides],)  # fmt: skip
 
     def rotate(model, pairs):
-        return model if isinstance(model, MaskedLM) else "rotated"
+        weight = torch.full_like(model.word_embeddings.weight, 7)
+        return SimpleNamespace(word_embeddings=SimpleNamespace(weight=weight))
 
     monkeypatch.setattr(evaluation, "fine_tune", fine_tune)
-    monkeypatch.setattr(evaluation, "rotate", rotate)
     monkeypatch.setattr(evaluation, "measure", measure)
+    monkeypatch.setattr(evaluation, "rotate", rotate)
+    monkeypatch.setattr(evaluation, "alignment_of", lambda model: {})
     cell = evaluation.evaluate(folder / "one", "pos", (None, None), "cpu")
     assert [cell[k] for k in ("source", "BZ", "BS", "Delta", "BZ rotated")] == [1, 2, 3, -1, 5]
 
