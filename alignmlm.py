@@ -34,12 +34,13 @@ from kernels import alignment_loss, masked_lm_loss
 OBJECTIVES = ("mlm", "xlm", "dict", "align")
 BOS, PAD, EOS, MASK = range(4)  # both languages share these
 SPECIALS = 4  # the first id of a language's own: <unk>, then its sub-words
+SHORT = 32  # tokens in a short row
 
 MOST = 10**7  # of any number; only a damaged file asks for more
 LIMITS = {  # of a setting, both allowed; any other number is above 0
     "seed": (0, 2**32), "alpha": (0, MOST), "weight_decay": (0, MOST), "layers": (1, 1000),
     "positions": (8, MOST), "mask_share": (0.01, 0.5), "dropout": (0, 0.99), "overlap": (0, 1),
-    "tune_length": (8, MOST),
+    "tune_length": (8, MOST), "short_steps": (0, MOST),
     "dictionary_share": (1e-9, 1), "parallel_share": (1e-9, 1), "translate_probability": (0, 1),
 }  # fmt: skip
 
@@ -75,6 +76,7 @@ class Settings:
     # pre-training
     batch: int = setting(128, "sequences a step")
     steps: int = setting(500_000)
+    short_steps: int = setting(0, f"of them, the first, with more rows, of {SHORT} tokens each")
     rate: float = setting(1e-4, "the peak: linear warm-up, then linear decay to zero")
     warmup: int = setting(10_000, "steps")
     weight_decay: float = setting(0.01)
@@ -98,6 +100,8 @@ class Settings:
         if self.width % self.heads or self.width % 16 or self.positions % 2 or self.batch % 4:
             raise ValueError("settings: width must be a multiple of heads and of 16 (which is what "
                              "the kernels take), positions of 2 and batch of 4")  # fmt: skip
+        if self.short_steps and self.positions % SHORT:
+            raise ValueError(f"settings: with short_steps positions must be a multiple of {SHORT}")
         if not round(self.mask_share * self.positions):
             raise ValueError("settings: mask_share of so few positions is no token: raise either")
         if self.tune_length > self.positions:
@@ -120,8 +124,8 @@ PRESETS = {
     # meant for one GPU, the whole grid in an hour: reckoned, not measured
     "small": Settings(
         vocab_size=4_000, layers=4, width=256, heads=4, feed_forward=1024, positions=128,
-        batch=128, steps=5_000, rate=1e-3, warmup=500, tune_rate=1e-3, tune_epochs=3,
-        freeze_embeddings=True,
+        batch=128, steps=5_000, short_steps=4_000, rate=1e-3, warmup=500,
+        tune_rate=1e-3, tune_epochs=3, freeze_embeddings=True,
     ),
     # one CPU core, two minutes
     "tiny": Settings(

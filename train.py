@@ -49,7 +49,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import synth_lang
-from alignmlm import BOS, DAMAGE, EOS, PAD, PRESETS, SPECIALS, Batch, MaskedLM, Settings
+from alignmlm import BOS, DAMAGE, EOS, PAD, PRESETS, SHORT, SPECIALS, Batch, MaskedLM, Settings
 from alignmlm import ask_translations, derived_ids, make_dictionary, mask_tokens, pair_translations
 from alignmlm import preset, save_tensors, to_hf, write_text
 from kernels import alignment_loss
@@ -215,36 +215,47 @@ class Packer:
 
 @dataclasses.dataclass
 class Corpus:
-    """Packed ids on disk, memory-mapped, (rows, T) int32 each."""
+    """Packed ids on disk, memory-mapped, (rows, T) int32 each; to be read in rows of `length`."""
 
     original: np.ndarray  # one half of the text
     derived: np.ndarray  # the other half, transformed; its ids already shifted
     counterpart: np.ndarray  # that other half untransformed, sentence for sentence beside it
+    length: int
 
     @staticmethod
     def open(folder: Path, s: Settings) -> "Corpus":
         arrays = [np.memmap(folder / f"{part}.bin", np.int32, "r") for part in PARTS]
-        return Corpus(*(array.reshape(-1, s.positions) for array in arrays))
+        return Corpus(*(array.reshape(-1, s.positions) for array in arrays), s.positions)
+
+    def cut(self, side: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+        """BOS and the text of a side from these starts on, (starts, length) int32. The BOS of the
+        rows on disk is not of the text and does not count."""
+        places = starts[:, None] + np.arange(length - 1)
+        places += places // (side.shape[1] - 1) + 1
+        return np.insert(side.ravel()[places], 0, BOS, axis=1)
+
+    def draw(self, side: np.ndarray, count: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
+        """The rows of a side that step number `step` takes, (count, length) int32."""
+        words = self.length - 1
+        rows = draw((side.size - len(side)) // words, count, step, seed)
+        return self.cut(side, words * rows, self.length)
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
         """Where pairs begin in the text, BOS not counted: where a sentence does, if half a row on
         one has just ended, two ids before at most (or the fewest that there are). For what is cut
         off need not have a counterpart in the row."""
-        T = self.derived.shape[1]
         ends = np.flatnonzero(self.derived.ravel() == EOS)
-        starts = np.concatenate([[0], ends - ends // T])
-        stops = starts + T // 2 - 1
+        starts = np.concatenate([[0], ends - ends // self.derived.shape[1]])
+        stops = starts + self.length // 2 - 1
         cut = stops - starts[np.searchsorted(starts, stops, "right") - 1]
         fits = stops <= self.derived.size - len(self.derived)
         return starts[fits & (cut <= max(2, cut[fits].min()))]
 
-    def pairs(self, rows: np.ndarray, length: int) -> list[np.ndarray]:
-        """BOS and the text from these starts on, (rows, length) int32: original, and derived."""
-        places = self.starts[rows][:, None] + np.arange(length - 1)
-        places += places // (self.derived.shape[1] - 1) + 1  # the rows' BOS is not of the text
-        sides = (side.ravel()[places] for side in (self.counterpart, self.derived))
-        return [np.insert(side, 0, BOS, axis=1) for side in sides]
+    def pairs(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Of these starts, half a row each: original, and derived, (rows, length / 2) int32."""
+        starts, half = self.starts[rows], self.length // 2
+        return [self.cut(side, starts, half) for side in (self.counterpart, self.derived)]
 
 
 def corpus_name(source: Source, s: Settings) -> str:
@@ -317,25 +328,26 @@ def shuffled(rows: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(seed).permutation(rows)
 
 
-def draw(rows: int, count: int, step: int, seed: tuple[int, ...]) -> list[int]:
+def draw(rows: int, count: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
     """Which of the rows step number `step` takes: shuffled epochs, one after another."""
     places = (divmod(place, rows) for place in range(step * count, (step + 1) * count))
-    return [shuffled(rows, (*seed, epoch))[place] for epoch, place in places]
+    return np.array([shuffled(rows, (*seed, epoch))[place] for epoch, place in places])
 
 
 def make_batch(corpus: Corpus, s: Settings, dictionary: np.ndarray, step: int) -> Batch:
-    """Step number `step`'s batch: half original, half derived; with XLM, half of it pairs."""
-    pairs = s.batch // 2 if s.objective == "xlm" else 0
-    half = (s.batch - pairs) // 2
-    original = corpus.original[draw(len(corpus.original), half, step, (s.seed, 1))]
-    derived = corpus.derived[draw(len(corpus.derived), half, step, (s.seed, 2))]
+    """Step number `step`'s batch: half original, half derived; with XLM, half of it pairs. Of a
+    corpus that is read in shorter rows than the settings have, it is as many more."""
+    rows = s.batch * s.positions // corpus.length
+    pairs = rows // 2 if s.objective == "xlm" else 0
+    half = (rows - pairs) // 2
+    original = corpus.draw(corpus.original, half, step, (s.seed, 1))
+    derived = corpus.draw(corpus.derived, half, step, (s.seed, 2))
     tokens = np.concatenate([original, derived])
     languages = np.repeat([[0], [1]], half, axis=0) + np.zeros_like(tokens)
-    positions = np.zeros_like(tokens) + np.arange(s.positions)
+    positions = np.zeros_like(tokens) + np.arange(corpus.length)
     if pairs:
         parallel = math.ceil(s.parallel_share * len(corpus.starts))
-        rows = draw(parallel, pairs, step, (s.seed, 3))
-        paired = pair_translations(*corpus.pairs(rows, s.positions // 2))
+        paired = pair_translations(*corpus.pairs(draw(parallel, pairs, step, (s.seed, 3))))
         both = zip((tokens, languages, positions), paired, strict=True)
         tokens, languages, positions = (np.concatenate(parts) for parts in both)
 
@@ -464,9 +476,11 @@ def pretrain(
     network = torch.compile(model) if compiled else model
     if WORLD > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
-    share = s.batch // (WORLD * accumulate)
-    firsts = range(RANK * accumulate * share, (RANK + 1) * accumulate * share, share)
     model.train()
+    short = dataclasses.replace(corpus, length=SHORT)
+
+    def batch_of(step: int) -> Batch:
+        return make_batch(short if step < s.short_steps else corpus, s, pairs, step)
 
     losses, skips = torch.zeros(2, device=device), 0
     streak = longest = torch.zeros((), device=device)
@@ -478,15 +492,16 @@ def pretrain(
         ThreadPoolExecutor(1) as ahead,
         open_log(folder / "log.jsonl", start) as log,
     ):
-        upcoming = ahead.submit(make_batch, corpus, s, pairs, start)
+        upcoming = ahead.submit(batch_of, start)
         for step in range(start, s.steps):
             batch = upcoming.result()
-            upcoming = ahead.submit(make_batch, corpus, s, pairs, step + 1)
+            upcoming = ahead.submit(batch_of, step + 1)
             torch.manual_seed(hash((s.seed, step, RANK)))  # of dropout
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, s)
-            for first in firsts:
-                part = batch.to(device, slice(first, first + share))
+            share = len(batch.tokens) // (WORLD * accumulate)
+            for number in range(RANK * accumulate, (RANK + 1) * accumulate):
+                part = batch.to(device, slice(number * share, (number + 1) * share))
                 with torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
                     loss, mlm = network(part, dictionary)
                 (loss / accumulate).backward()
@@ -583,7 +598,7 @@ def benchmark(s: Settings, device: str, compiled: bool, repeats: int = 20) -> No
         theirs = RobertaForMaskedLM.from_pretrained(folder).to(device).train()
     rng, pairs = np.random.default_rng(0), make_dictionary(s)
     tokens = rng.integers(SPECIALS, s.pieces, (s.batch, s.positions), np.int32)
-    corpus = Corpus(tokens, derived_ids(s)[tokens], tokens)
+    corpus = Corpus(tokens, derived_ids(s)[tokens], tokens, s.positions)
     batch = make_batch(corpus, s, pairs, 0).to(device)
     dictionary = torch.from_numpy(pairs).to(device)
     inputs = {

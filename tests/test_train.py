@@ -289,7 +289,8 @@ def numbered_corpus(s: Settings, sentences: int = 45) -> train.Corpus:
     width = s.positions - 1
     rows = text[: len(text) // width * width].reshape(-1, width)
     rows = np.insert(rows, 0, BOS, axis=1).astype(np.int32)
-    return train.Corpus(rows, np.where(rows < SPECIALS, rows, rows + s.shift), rows)
+    derived = np.where(rows < SPECIALS, rows, rows + s.shift)
+    return train.Corpus(rows, derived, rows, s.positions)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -350,7 +351,7 @@ def test_pairs_are_sentences_and_their_counterparts_but_for_two_words_at_most(tr
         if len(window) == 15 and EOS in window[-3:]:
             expected.append(begin)
     assert corpus.starts.tolist() == expected and len(expected) >= 20
-    original, derived = corpus.pairs(np.arange(len(corpus.starts)), 16)
+    original, derived = corpus.pairs(np.arange(len(corpus.starts)))
     for start, one, other in zip(corpus.starts, original, derived, strict=True):
         for text, side in zip(texts, (one, other), strict=True):
             assert side.tolist() == [BOS, *text[start : start + 15]]
@@ -361,7 +362,38 @@ def test_where_no_sentence_ends_near_half_a_row_the_nearest_is_taken():
     text = np.arange(90) % 50 + SPECIALS
     text[[9, 22, 40, 63, 83, 89]] = EOS  # half a row has 7 ids, more than are left after the fifth
     rows = np.insert(text.reshape(-1, 15), 0, BOS, axis=1)
-    assert train.Corpus(rows, rows, rows).starts.tolist() == [0, 10, 23, 41, 64]
+    corpus = train.Corpus(rows, rows, rows, 16)
+    assert corpus.starts.tolist() == [0, 10, 23, 41, 64]
+
+
+@given(st.integers(4, 20), st.integers(4, 20), st.integers(40, 90), st.integers(0, 5))
+def test_rows_of_any_length_are_the_running_text_in_some_order(stored, length, size, epoch):
+    size -= size % (stored - 1)
+    rows = np.insert(np.arange(100, 100 + size).reshape(-1, stored - 1), 0, BOS, axis=1)
+    corpus = train.Corpus(rows, rows, rows, length)
+    count = size // (length - 1)
+    drawn = corpus.draw(rows, count, epoch, (0, 1))
+    assert drawn.shape == (count, length) and (drawn[:, 0] == BOS).all()
+    text = drawn[np.argsort(drawn[:, 1]), 1:].ravel()
+    assert text.tolist() == list(range(100, 100 + count * (length - 1)))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_batch_of_short_rows_is_one_of_the_same_text_packed_so(objective, root):
+    long, short = tiny(objective=objective, positions=64), tiny(objective=objective, positions=32)
+    corpus, packed = train.prepare(SOURCE, long, root), []
+    for side in (corpus.original, corpus.derived, corpus.counterpart):
+        text = side[:, 1:].ravel()
+        text = text[: len(text) // 31 * 31].reshape(-1, 31)
+        packed.append(np.insert(text, 0, BOS, axis=1))
+    pairs = make_dictionary(long)
+    for step in range(3):
+        one = train.make_batch(dataclasses.replace(corpus, length=32), long, pairs, step)
+        short = dataclasses.replace(short, batch=2 * long.batch)
+        other = train.make_batch(train.Corpus(*packed, 32), short, pairs, step)
+        assert one.tokens.shape == (2 * long.batch, 32)
+        for name, array in vars(one).items():
+            np.testing.assert_array_equal(array, getattr(other, name))
 
 
 @given(st.integers(1, 50), st.integers(1, 200))
@@ -457,6 +489,28 @@ def test_real_processes_stopped_by_sigterm_and_by_sigkill_lose_nothing(root):
     assert_same(run(folder, s), run(root / "never-stopped", s))
     steps = [line["step"] for line in log_of(folder)]
     assert steps == sorted(set(steps)) and steps[-1] == 400
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_short_rows_come_first_and_a_stop_among_them_shows_nowhere(accumulate, root, monkeypatch):
+    s = tiny(objective="xlm", positions=64, steps=6, short_steps=4)
+    whole = run(root / f"grown-{accumulate}", s, accumulate=accumulate)
+    make_batch, shapes = train.make_batch, {}
+
+    def stopped(corpus, s, pairs, step):
+        batch = make_batch(corpus, s, pairs, step)
+        shapes[step] = batch.tokens.shape
+        if step == 5 and len(shapes) == 6:
+            raise MemoryError
+        return batch
+
+    monkeypatch.setattr(train, "make_batch", stopped)
+    options = {"accumulate": accumulate, "save_every": 3}
+    with pytest.raises(MemoryError):
+        run(root / f"grown-stopped-{accumulate}", s, **options)
+    shapes.clear()
+    assert_same(run(root / f"grown-stopped-{accumulate}", s, **options), whole)
+    assert shapes == {3: (16, 32)} | {step: (8, 64) for step in (4, 5, 6)}
 
 
 def with_state(s: Settings, seed: int):
@@ -718,7 +772,7 @@ def test_models_kept_on_the_way_are_those_of_the_step_and_disturb_nothing(
 def test_the_operations_of_a_step_are_those_that_torch_counts(changes):
     s = tiny(**changes)  # with dropout, for torch leaves out its fused attention on a CPU
     tokens = np.random.default_rng(0).integers(SPECIALS, s.pieces, (s.batch, s.positions))
-    model, corpus = MaskedLM(s), train.Corpus(tokens, tokens, tokens)
+    model, corpus = MaskedLM(s), train.Corpus(tokens, tokens, tokens, s.positions)
     batch = train.make_batch(corpus, s, make_dictionary(s), 0).to("cpu")
     with FlopCounterMode(display=False) as counter:
         hidden = model.encode(batch.tokens)
@@ -813,6 +867,7 @@ BAD = {  # arguments -> what the line names
     "--heads 3": "heads",
     "--batch 6": "batch",
     "--accumulate 3": "batch 8",
+    "--short-steps 9": "positions",
     "--save-every 0": "--save-every",
     "--keep-every -1": "--keep-every",
     "--steps many": "--steps: invalid int value: 'many'",
