@@ -6,7 +6,7 @@ PRESET ?= small
 
 # The reduced grid of a CPU, in under an hour; the whole one of a GPU.
 GRID_tiny := --seeds 1 --steps 4000
-GRID_small := --seeds 3 --sentences 240000 --tasks pos ner nli qa --keep-every 500 --jobs 2
+GRID_small := --seeds 3 --sentences 240000 --tasks pos ner nli qa --keep-every 1000 --jobs 2
 GRID_paper := $(GRID_small)
 
 .PHONY: run reproduce test test-faults fuzz clean

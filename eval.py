@@ -48,7 +48,6 @@ from train import Languages, Source, make_optimizer, prepare
 SCORES = ("source", "BS", "BZ", "Delta", "BZ rotated")
 ALIGNMENTS = ("all", "outside", "outside rotated")
 NAMES = {"mlm": "MLM", "xlm": "XLM", "dict": "DICT-MLM", "align": "ALIGN-MLM"}
-BUILT_IN_EXAMPLES = 6_000, 1_000  # to learn from and to test on
 
 # The paper's numbers, English: (transformation, objective) -> BS and BZ of NLI (accuracy), of NER
 # (entity F1) and of POS (F1), then alignment; all in percent.
@@ -102,6 +101,7 @@ class Pos:
 
     measures = ("accuracy",)  # in percent; with one tag a word also the micro-F1
     generate, read = map(staticmethod, (synth_lang.generate, synth_lang.read_conllu))
+    built_in = 6_000, 1_000  # of the built-in language, examples to learn from and to test on
 
     def __init__(self, examples: list):
         """examples: those to learn from, which have all the labels that there are."""
@@ -171,6 +171,7 @@ def entities(tags: list[str]) -> set[tuple[str, int, int]]:
 class Nli(Pos):
     """Does the premise entail the hypothesis? Said at BOS of BOS premise EOS hypothesis EOS."""
 
+    built_in = 40_000, 1_000  # 6,000 are learnt by heart
     generate = staticmethod(synth_lang.generate_inferences)
     read = staticmethod(synth_lang.read_inferences)
 
@@ -276,7 +277,7 @@ def read_task(name: str, files: tuple, source: Source):
         raise ValueError(f"{name}: text of files: give both --train and --test files")
     examples = [
         list(kind.read(file) if file else kind.generate(count, seed))
-        for file, count, seed in zip(files, BUILT_IN_EXAMPLES, (1, 2), strict=True)
+        for file, count, seed in zip(files, kind.built_in, (1, 2), strict=True)
     ]
     for file, some in zip(files, examples, strict=True):
         if not some:

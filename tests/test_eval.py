@@ -448,7 +448,8 @@ def test_fine_tuning_learns_and_leaves_the_encoder_as_it_was(freeze):
 
 @pytest.fixture
 def few_sentences(monkeypatch):
-    monkeypatch.setattr(evaluation, "BUILT_IN_EXAMPLES", (150, 60))
+    for task in TASKS.values():
+        monkeypatch.setattr(task, "built_in", (150, 60))
 
 
 @pytest.mark.parametrize("task", TASKS)
