@@ -34,7 +34,7 @@ from kernels import alignment_loss, masked_lm_loss
 OBJECTIVES = ("mlm", "xlm", "dict", "align")
 BOS, PAD, EOS, MASK = range(4)  # both languages share these
 SPECIALS = 4  # the first id of a language's own: <unk>, then its sub-words
-SHORT = 32  # tokens in a short row
+SHORT = 32  # tokens in a short row: few positions are learned soonest (RESULTS.md, 2)
 
 MOST = 10**7  # of any number; only a damaged file asks for more
 LIMITS = {  # of a setting, both allowed; any other number is above 0
