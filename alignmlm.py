@@ -34,7 +34,7 @@ from kernels import alignment_loss, masked_lm_loss
 OBJECTIVES = ("mlm", "xlm", "dict", "align")
 BOS, PAD, EOS, MASK = range(4)  # both languages share these
 SPECIALS = 4  # the first id of a language's own: <unk>, then its sub-words
-SHORT = 32  # tokens in a short row: few positions are learned soonest (RESULTS.md, 2)
+SHORT = 32  # tokens in a short row; the fewer positions, the sooner learned (RESULTS.md, 2)
 
 MOST = 10**7  # of any number; only a damaged file asks for more
 LIMITS = {  # of a setting, both allowed; any other number is above 0
@@ -100,9 +100,10 @@ class Settings:
         if self.width % self.heads or self.width % 16 or self.positions % 2 or self.batch % 4:
             raise ValueError("settings: width must be a multiple of heads and of 16 (which is what "
                              "the kernels take), positions of 2 and batch of 4")  # fmt: skip
-        if self.short_steps and self.positions % SHORT:
-            raise ValueError(f"settings: with short_steps positions must be a multiple of {SHORT}")
-        if not round(self.mask_share * self.positions):
+        if self.short_steps and (self.positions % SHORT or self.short_steps >= self.steps):
+            raise ValueError(f"settings: with short_steps positions must be a multiple of {SHORT} "
+                             "and steps more than they: lower --short-steps")  # fmt: skip
+        if not round(self.mask_share * (SHORT if self.short_steps else self.positions)):
             raise ValueError("settings: mask_share of so few positions is no token: raise either")
         if self.tune_length > self.positions:
             raise ValueError(f"settings: tune_length {self.tune_length} is beyond the model's "
@@ -121,7 +122,7 @@ class Settings:
 
 PRESETS = {
     "paper": Settings(),
-    # meant for one GPU, the whole grid in an hour: reckoned, not measured
+    # meant for one GPU; reckoned (RESULTS.md, 10), not measured
     "small": Settings(
         vocab_size=4_000, layers=4, width=256, heads=4, feed_forward=1024, positions=128,
         batch=128, steps=5_000, short_steps=4_000, rate=1e-3, warmup=500,
@@ -195,7 +196,7 @@ def mask_tokens(tokens: np.ndarray, s: Settings, rng: np.random.Generator):
 
     Of the chosen tokens 80 % become <mask>, 10 % a random word of either language and 10 % stay.
     Every sequence has exactly round(mask_share * T) of them chosen, not that many on average:
-    shapes then never change, and the mean over processes is the mean over all tokens.
+    shapes then change with T alone, and the mean over processes is the mean over all tokens.
     Returns inputs (B, T), masked (B, M) and labels (B, M), as in Batch.
     """
     order = rng.random(tokens.shape, dtype=np.float32)
@@ -396,11 +397,11 @@ def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]
 
 @torch.no_grad()
 def rotate(model: MaskedLM, dictionary: np.ndarray) -> MaskedLM:
-    """A copy with the derived words turned onto the original ones, which the model is then to take
-    them for: what a dictionary gives without any training.
+    """A copy with the derived words turned onto the original ones, and given their language
+    embedding: what a dictionary gives without any training.
 
-    By the orthogonal map that fits the dictionary best (Schönemann 1966). Words that both
-    languages share stay. dictionary: (K, 2) int64.
+    By the orthogonal map that fits the dictionary best (Schönemann 1966; one of many, if K < D).
+    Words that both languages share stay. dictionary: (K, 2) int64.
     """
     model = copy.deepcopy(model)
     E, language = model.word_embeddings.weight, added_languages(model)

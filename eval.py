@@ -8,7 +8,7 @@
 The measures are the paper's. BZ, bilingual zero-shot: fine-tuned on the original language, tested
 on the derived one. BS, bilingual supervised: fine-tuned and tested on the derived one. Delta =
 BZ - BS is what zero-shot costs. "source": fine-tuned and tested on the original. "BZ rotated": BZ
-once the derived words are turned onto the original ones (`alignmlm.rotate`).
+with the derived words turned onto the original ones (`alignmlm.rotate`).
 """
 
 import argparse
@@ -403,6 +403,7 @@ def evaluate(folder: Path, name: str, files: tuple, device: str) -> dict:
         "BZ": measure(zero_shot, task, test[1], 1),
         "BS": measure(supervised, task, test[1], 1),
     }
+    # The map is fitted before fine-tuning, which moves language embeddings (and E, if it is free).
     rotated = rotate(model, make_dictionary(s)).word_embeddings.weight
     zero_shot.encoder.word_embeddings.weight.data[s.pieces :] = rotated[s.pieces :]
     found["BZ rotated"] = measure(zero_shot, task, test[1], 0)  # derived words pass for original

@@ -234,11 +234,11 @@ class Corpus:
         places += places // (side.shape[1] - 1) + 1
         return np.insert(side.ravel()[places], 0, BOS, axis=1)
 
-    def draw(self, side: np.ndarray, count: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
+    def rows(self, side: np.ndarray, count: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
         """The rows of a side that step number `step` takes, (count, length) int32."""
         words = self.length - 1
-        rows = draw((side.size - len(side)) // words, count, step, seed)
-        return self.cut(side, words * rows, self.length)
+        drawn = draw((side.size - len(side)) // words, count, step, seed)
+        return self.cut(side, words * drawn, self.length)
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -335,13 +335,13 @@ def draw(rows: int, count: int, step: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def make_batch(corpus: Corpus, s: Settings, dictionary: np.ndarray, step: int) -> Batch:
-    """Step number `step`'s batch: half original, half derived; with XLM, half of it pairs. Of a
-    corpus that is read in shorter rows than the settings have, it is as many more."""
+    """Step number `step`'s batch: half original, half derived; with XLM, half of it pairs. If the
+    corpus is read in shorter rows than the settings', there are more of them: as many tokens."""
     rows = s.batch * s.positions // corpus.length
     pairs = rows // 2 if s.objective == "xlm" else 0
     half = (rows - pairs) // 2
-    original = corpus.draw(corpus.original, half, step, (s.seed, 1))
-    derived = corpus.draw(corpus.derived, half, step, (s.seed, 2))
+    original = corpus.rows(corpus.original, half, step, (s.seed, 1))
+    derived = corpus.rows(corpus.derived, half, step, (s.seed, 2))
     tokens = np.concatenate([original, derived])
     languages = np.repeat([[0], [1]], half, axis=0) + np.zeros_like(tokens)
     positions = np.zeros_like(tokens) + np.arange(corpus.length)
@@ -462,6 +462,7 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Train to the last step, from wherever `folder`'s checkpoints are; writes folder/model.
 
+    The first short_steps read the corpus in rows of SHORT (as BERT did: Devlin et al. 2019).
     accumulate: in how many slices a batch is computed, one after another, to need less memory.
     keep_every: steps after which the model as it is then is kept, as model-<step>; 0 for never.
     Raises ValueError after MAX_STREAK steps without a finite gradient. A signal ends the process,
@@ -473,7 +474,7 @@ def pretrain(
     start, skipped = load_checkpoint(folder, model, optimizer)
     pairs = make_dictionary(s)
     dictionary = torch.from_numpy(pairs).to(device)
-    network = torch.compile(model) if compiled else model
+    network = torch.compile(model, dynamic=False) if compiled else model  # for either length
     if WORLD > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
     model.train()

@@ -518,6 +518,23 @@ def test_where_counterparts_are_alike_zero_shot_costs_nothing(
         assert set(cell["alignment"].values()) == {100}
 
 
+def test_what_only_a_rotation_hides_is_found_with_the_dictionary(
+    folder, few_sentences, monkeypatch, capsys
+):
+    place = folder / "turned"
+    pretrain(monkeypatch, place, "--sentences", 1500, "--objective", "xlm", "--steps", 2,
+             "--transform", "transliterate", "--freeze-embeddings",
+             "--tune-rate", 0.01)  # fmt: skip
+    model, *_ = evaluation.read_run(place)
+    s, weight = model.settings, model.word_embeddings.weight.data
+    language = model.language_embeddings.weight.data
+    rotation, _ = torch.linalg.qr(torch.randn(s.width, s.width))
+    weight[s.shift :] = (weight[: s.shift] + language[0]) @ rotation - language[1]
+    to_hf(model, place / "model")
+    cell = evaluation.evaluate(place, "pos", (None, None), "cpu")
+    assert cell["BZ"] < cell["source"] == pytest.approx(cell["BZ rotated"], abs=0.5)
+
+
 def write_conllu(path: Path, sentences, upos=None) -> Path:
     lines = []
     for x in sentences:

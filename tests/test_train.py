@@ -372,7 +372,7 @@ def test_rows_of_any_length_are_the_running_text_in_some_order(stored, length, s
     rows = np.insert(np.arange(100, 100 + size).reshape(-1, stored - 1), 0, BOS, axis=1)
     corpus = train.Corpus(rows, rows, rows, length)
     count = size // (length - 1)
-    drawn = corpus.draw(rows, count, epoch, (0, 1))
+    drawn = corpus.rows(rows, count, epoch, (0, 1))
     assert drawn.shape == (count, length) and (drawn[:, 0] == BOS).all()
     text = drawn[np.argsort(drawn[:, 1]), 1:].ravel()
     assert text.tolist() == list(range(100, 100 + count * (length - 1)))
@@ -386,10 +386,9 @@ def test_a_batch_of_short_rows_is_one_of_the_same_text_packed_so(objective, root
         text = side[:, 1:].ravel()
         text = text[: len(text) // 31 * 31].reshape(-1, 31)
         packed.append(np.insert(text, 0, BOS, axis=1))
-    pairs = make_dictionary(long)
+    pairs, short = make_dictionary(long), dataclasses.replace(short, batch=2 * long.batch)
     for step in range(3):
         one = train.make_batch(dataclasses.replace(corpus, length=32), long, pairs, step)
-        short = dataclasses.replace(short, batch=2 * long.batch)
         other = train.make_batch(train.Corpus(*packed, 32), short, pairs, step)
         assert one.tokens.shape == (2 * long.batch, 32)
         for name, array in vars(one).items():
