@@ -367,7 +367,6 @@ def test_where_no_sentence_ends_near_half_a_row_the_nearest_is_taken():
 
 
 @given(st.integers(4, 20), st.integers(4, 20), st.integers(40, 90), st.integers(0, 5))
-@settings(deadline=None)
 def test_rows_of_any_length_are_the_running_text_in_some_order(stored, length, size, epoch):
     size -= size % (stored - 1)
     rows = np.insert(np.arange(100, 100 + size).reshape(-1, stored - 1), 0, BOS, axis=1)
