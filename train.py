@@ -220,14 +220,15 @@ class Corpus:
     original: np.ndarray  # one half of the text
     derived: np.ndarray  # the other half, transformed; its ids already shifted
     counterpart: np.ndarray  # that other half untransformed, sentence for sentence beside it
-    length: int
+    length: int  # ids, BOS included; T or fewer
 
     @staticmethod
     def open(folder: Path, s: Settings) -> "Corpus":
         arrays = [np.memmap(folder / f"{part}.bin", np.int32, "r") for part in PARTS]
         return Corpus(*(array.reshape(-1, s.positions) for array in arrays), s.positions)
 
-    def cut(self, side: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    @staticmethod
+    def cut(side: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
         """BOS and the text of a side from these starts on, (starts, length) int32. The BOS of the
         rows on disk is not of the text and does not count."""
         places = starts[:, None] + np.arange(length - 1)
