@@ -1,530 +1,467 @@
 """ALIGN-MLM and the three objectives that it is measured against, in one file.
 
-One RoBERTa is pre-trained on two languages at once, an original and one derived from it, whose
-words have rows of their own in the same embedding matrix. Here, in the order that data meets it:
-settings; the dictionary of known word pairs; masking, and how XLM and DICT-MLM change a batch; the
-model and its loss; the alignment score; weights out to, and in from, the transformers library.
+One RoBERTa (Liu et al. 2019) is pre-trained on two languages at once: an original, and one derived
+from it by an invertible transformation. The words of both have rows of their own in one embedding
+matrix E. The objectives differ in what tells the model which words correspond:
 
-  ALIGN-MLM  Tang, Deshpande, Narasimhan 2022, arXiv 2211.08547 ("the paper")
-  RoBERTa    Liu et al. 2019, arXiv 1907.11692
-  XLM        Conneau and Lample 2019, arXiv 1901.07291
-  DICT-MLM   Chaudhary et al. 2020, arXiv 2010.12566
+  MLM        nothing
+  XLM        parallel sentences side by side (Conneau and Lample 2019, arXiv 1901.07291)
+  DICT-MLM   translations to be predicted (Chaudhary et al. 2020, arXiv 2010.12566)
+  ALIGN-MLM  a loss that pulls the rows of dictionary pairs together ("the paper", arXiv 2211.08547)
 
-Letters in shapes: B sequences of T tokens, M of them masked; D width; V rows of the embedding
-matrix, both languages'; K dictionary pairs.
+The original and the derived text come from different halves of the corpus. If both told the same
+sentences, a model could infer from the text alone which words correspond. The mask symbol is
+shared, as in the paper, where it is put in after transliteration. Shared symbols and positions are
+what can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
+
+Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width; V rows of E; K pairs.
 """
 
 import copy
 import json
-import math
-import os
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import pre_tokenizers, processors
 from torch import nn
 
-from kernels import alignment_loss, masked_lm_loss
+import kernels
 
-OBJECTIVES = ("mlm", "xlm", "dict", "align")
-BOS, PAD, EOS, MASK = range(4)  # both languages share these
-SPECIALS = 4  # the first id of a language's own: <unk>, then its sub-words
-SHORT = 32  # tokens in a short row; the fewer positions, the sooner learned (RESULTS.md, 2)
-
-MOST = 10**7  # of any number; only a damaged file asks for more
-LIMITS = {  # of a setting, both allowed; any other number is above 0
-    "seed": (0, 2**32), "alpha": (0, MOST), "weight_decay": (0, MOST), "layers": (1, 1000),
-    "positions": (8, MOST), "mask_share": (0.01, 0.5), "dropout": (0, 0.99), "overlap": (0, 1),
-    "tune_length": (8, MOST), "short_steps": (0, MOST),
-    "dictionary_share": (1e-9, 1), "parallel_share": (1e-9, 1), "translate_probability": (0, 1),
-}  # fmt: skip
-
-
-def setting(default, meaning: str = ""):
-    """A field of Settings; `train.py --help` says its meaning."""
-    return field(default=default, metadata={"help": meaning})
+BOS, PAD, EOS, MASK, UNK = range(5)  # These ids are shared by both languages.
+SPECIALS = 5  # the first id of a sub-word
+SHORT_ROW = 32  # tokens; a model learns its positions sooner from short rows, as BERT did
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One experiment. The defaults are the paper's."""
+    """One experiment. The defaults are the paper's. Raises ValueError for one that cannot be.
 
-    objective: str = setting("align", "; ".join(OBJECTIVES))
-    transform: str = setting("transliterate+invert", "of transliterate, invert, permute, syntax")
-    seed: int = setting(0, "of all that is random; the corpus has none")
-    # the model
-    vocab_size: int = setting(80_000, "rows of E: both languages' sub-words, half each")
-    overlap: float = setting(0.0, "share of the words that T_trans leaves as they are")
-    languages: int = setting(1, "language embeddings; 2 where the objective tells them apart")
-    layers: int = setting(8)
-    width: int = setting(512)
-    heads: int = setting(8)
-    feed_forward: int = setting(2048, "its width")
-    positions: int = setting(512, "the longest sequence")
-    dropout: float = setting(0.1)
-    # the objectives
-    mask_share: float = setting(0.15, "of the tokens")
-    alpha: float = setting(10.0, "weight of the alignment loss")
-    dictionary_share: float = setting(0.5, "of the vocabulary, in D")
-    parallel_share: float = setting(0.25, "of the pairs that the text has room for, for XLM")
-    translate_probability: float = setting(0.5, "for DICT-MLM")
-    # pre-training
-    batch: int = setting(128, "sequences a step")
-    steps: int = setting(500_000)
-    short_steps: int = setting(0, f"of them, the first, with more rows, of {SHORT} tokens each")
-    rate: float = setting(1e-4, "the peak: linear warm-up, then linear decay to zero")
-    warmup: int = setting(10_000, "steps")
-    weight_decay: float = setting(0.01)
-    clip: float = setting(1.0, "the gradient's norm")
-    # fine-tuning
-    tune_epochs: int = setting(10, "for NLI the paper has 5")
-    tune_batch: int = setting(32)
-    tune_rate: float = setting(2e-5)
-    tune_length: int = setting(128, "tokens")
-    freeze_embeddings: bool = setting(False, "of words, in fine-tuning")
+    The comments are also the text of `train.py --help`."""
+
+    objective: str = "align"  # what is learned: mlm, xlm, dict or align
+    transform: str = "transliterate+invert"  # how the derived language is made
+    steps: int = 500_000  # steps of pre-training
+    seed: int = 0  # of weights, dictionary, masks, batches and dropout
+    vocab_size: int = 80_000  # rows of E: the sub-words of both languages, half each
+    layers: int = 8  # transformer blocks
+    width: int = 512  # width of the hidden states and of E
+    heads: int = 8  # attention heads
+    feed_forward: int = 2048  # width of the feed-forward layers
+    positions: int = 512  # tokens in the longest row
+    dropout: float = 0.1  # share of the activations that are dropped
+    mask_share: float = 0.15  # share of the tokens that are to be predicted
+    alpha: float = 10.0  # weight of the alignment loss, for align
+    dictionary_share: float = 0.5  # share of the words that are in the dictionary D
+    parallel_share: float = 0.25  # share of the text that is parallel, for xlm
+    optimizer: str = "adamw"  # adamw, or muon for the matrices of the layers and the head
+    rate: float = 1e-4  # peak rate of AdamW
+    matrix_rate: float = 0.02  # peak rate of Muon
+    warmup: int = 10_000  # steps in which the rate rises to its peak
+    decay_share: float = 1.0  # share of the steps after them in which it falls to zero
+    batch: int = 128  # rows in a step
+    short_steps: int = 0  # first steps, with more rows of 32 tokens instead
+    weight_decay: float = 0.01  # of matrices
+    tune_epochs: int = 10  # epochs of fine-tuning
+    tune_length: int = 128  # tokens in the longest row of fine-tuning
+    tune_rate: float = 2e-5  # peak rate of fine-tuning
+    freeze_embeddings: bool = False  # whether fine-tuning leaves E as it is
 
     def __post_init__(self):
-        """Raise ValueError, naming the setting and the mend, for an experiment that cannot be."""
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"no objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
-        for one in fields(self):
-            value, (low, high) = getattr(self, one.name), LIMITS.get(one.name, (1e-9, MOST))
-            right = type(value) is one.type or (type(value), one.type) == (int, float)
-            if not right or (one.type in (int, float) and not low <= value <= high):
-                raise ValueError(f"settings: {one.name} cannot be {value!r}")
-        if self.width % self.heads or self.width % 16 or self.positions % 2 or self.batch % 4:
-            raise ValueError("settings: width must be a multiple of heads and of 16 (which is what "
-                             "the kernels take), positions of 2 and batch of 4")  # fmt: skip
-        if self.short_steps and (self.positions % SHORT or self.short_steps >= self.steps):
-            raise ValueError(f"settings: with short_steps positions must be a multiple of {SHORT} "
-                             "and steps more than they: lower --short-steps")  # fmt: skip
-        if not round(self.mask_share * (SHORT if self.short_steps else self.positions)):
-            raise ValueError("settings: mask_share of so few positions is no token: raise either")
-        if self.tune_length > self.positions:
-            raise ValueError(f"settings: tune_length {self.tune_length} is beyond the model's "
-                             f"{self.positions} positions: lower it or raise them")  # fmt: skip
+            raise ValueError(f"no objective {self.objective!r}: give {', '.join(OBJECTIVES)}")
+        if self.width % self.heads or self.width % 16:
+            raise ValueError("width: give a multiple of 16 and of heads")
+        if self.positions % SHORT_ROW or self.batch % 4 or self.vocab_size % 2:
+            raise ValueError("give positions in multiples of 32, batch in 4s, vocab_size in 2s")
+        if not 0.02 <= self.mask_share <= 1:
+            raise ValueError("mask_share: give a share from 0.02 to 1")
 
     @property
-    def shift(self) -> int:
-        """What turns a word's id into its counterpart's: i -> i + V, or nothing in one script."""
+    def shift(self):  # T_trans adds it to a word's id; without T_trans the languages share ids.
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property
-    def pieces(self) -> int:
-        """Sub-words of one language, specials included."""
+    def language_size(self):  # how many ids one language has, the special ones included
         return self.shift or self.vocab_size
 
-
-PRESETS = {
-    "paper": Settings(),
-    # meant for one GPU; reckoned (RESULTS.md, 10), not measured
-    "small": Settings(
-        vocab_size=4_000, layers=4, width=256, heads=4, feed_forward=1024, positions=128,
-        batch=128, steps=5_000, short_steps=4_000, rate=1e-3, warmup=500,
-        tune_rate=1e-3, tune_epochs=3, freeze_embeddings=True,
-    ),
-    # one CPU core, two minutes
-    "tiny": Settings(
-        vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32,
-        batch=64, steps=1_200, rate=3e-3, warmup=200, dropout=0.0,
-        tune_rate=6e-3, tune_epochs=4, tune_length=32, freeze_embeddings=True,
-    ),
-}  # fmt: skip
+    @property
+    def languages(self):  # how many language embeddings there are; a single one tells nothing
+        return 2 if OBJECTIVES[self.objective].language_embeddings else 1
 
 
-def preset(name: str, **changes) -> Settings:
-    """A preset with these settings changed; languages follow the objective."""
-    objective = changes.get("objective", PRESETS[name].objective)
-    languages = 2 if objective in ("xlm", "dict") else 1
-    return replace(PRESETS[name], **{"languages": languages} | changes)
+def preset(name, **changes):  # the Settings of a preset with these changes
+    return replace(PRESETS[name], **changes)
 
 
-# ---------------------------------------------------------------------------- the two languages
+# ------------------------------------------------------------------- vocabularies and masking
+def derive_ids(ids, s):
+    """T_trans of ids of the original language, any shape int64: i -> i + shift; special ids stay.
+
+    Source: the paper, which shifts the unknown word too; transformers' tokenizers have only one."""
+    return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 
-@cache
-def derived_ids(s: Settings) -> np.ndarray:
-    """T_trans of every id of the original language: i -> i + V. Returns (pieces,) int64.
-
-    The specials stay, and an `overlap` share of the words, the same ones with every seed. Source:
-    the paper.
-    """
-    ids = np.arange(s.pieces)
-    words = np.random.default_rng(0).permutation(ids[SPECIALS:])
-    moved = words[round(s.overlap * len(words)) :]
-    ids[moved] += s.shift
-    ids.flags.writeable = False  # the cache gives the same array to all
-    return ids
-
-
-def make_dictionary(s: Settings) -> np.ndarray:
-    """D: a random share of the original language's words, each with its counterpart.
-
-    Returns (K, 2) int64, ascending. Source: the paper.
-    """
-    words = np.arange(SPECIALS, s.pieces)
+def make_dictionary(s):
+    """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
     rng = np.random.default_rng([s.seed, 0xD1C7])
-    known = np.sort(rng.choice(words, round(s.dictionary_share * len(words)), replace=False))
-    return np.stack([known, derived_ids(s)[known]], axis=1)
+    words = np.arange(SPECIALS, s.language_size)
+    known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
+    return np.stack([known, known + s.shift], axis=1)
 
 
 @dataclass
 class Batch:
-    """What a step sees: M masked tokens a sequence. numpy when made, tensors once moved."""
+    """What one step sees: int64 arrays of numpy when it is made, tensors once moved."""
 
-    tokens: np.ndarray  # (B, T) int64, masked
-    masked: np.ndarray  # (B, M) int64, which of the T tokens are
-    labels: np.ndarray  # (B, M) int64, what is to be predicted there
-    languages: np.ndarray  # (B, T) int64, 0 original, 1 derived
-    positions: np.ndarray  # (B, T) int64
+    tokens: np.ndarray  # (B, T), after masking
+    masked: np.ndarray  # (B, M), which of the T tokens are to be predicted
+    labels: np.ndarray  # (B, M), the ids to be predicted there
+    languages: np.ndarray  # (B, T), 0 for the original and 1 for the derived language
+    positions: np.ndarray  # (B, T)
 
-    def to(self, device: str, part: slice = slice(None)) -> "Batch":
-        """Tensors of these sequences on `device`; the copy does not wait for the device."""
-        tensors = {name: torch.from_numpy(array[part]) for name, array in vars(self).items()}
-        if device != "cpu":
-            tensors = {k: t.pin_memory().to(device, non_blocking=True) for k, t in tensors.items()}
-        return Batch(**tensors)
+    def to(self, device):
+        return Batch(*[torch.from_numpy(array).to(device) for array in vars(self).values()])
 
 
-def mask_tokens(tokens: np.ndarray, s: Settings, rng: np.random.Generator):
-    """RoBERTa's dynamic masking of tokens (B, T) int64; specials stay.
+def mask_tokens(tokens, s, rng):
+    """RoBERTa's dynamic masking of tokens (B, T) int64; returns tokens, masked, labels of a Batch.
 
-    Of the chosen tokens 80 % become <mask>, 10 % a random word of either language and 10 % stay.
-    Every sequence has exactly round(mask_share * T) of them chosen, not that many on average:
-    shapes then change with T alone, and the mean over processes is the mean over all tokens.
-    Returns inputs (B, T), masked (B, M) and labels (B, M), as in Batch.
-    """
-    order = rng.random(tokens.shape, dtype=np.float32)
-    order[tokens < SPECIALS] = 2  # after every word
+    Of the chosen tokens 80 % become <mask>, 10 % a random word of either language, and 10 % stay.
+    RoBERTa chooses each token with the probability mask_share. Here a row has exactly
+    round(mask_share * T) chosen, special ones only if it has too few words, so that all batches
+    have one shape."""
     count = round(s.mask_share * tokens.shape[1])
-    masked = np.sort(np.argpartition(order, count, axis=1)[:, :count])
+    order = rng.random(tokens.shape)  # The tokens with the smallest of these are chosen.
+    order[tokens < SPECIALS] += 1
+    masked = np.sort(np.argpartition(order, count - 1, axis=1)[:, :count])
     labels = np.take_along_axis(tokens, masked, axis=1)
 
+    of_derived = rng.integers(2, size=labels.shape)
+    words = rng.integers(SPECIALS, s.language_size, labels.shape) + s.shift * of_derived
     fate = rng.random(labels.shape)
-    words = rng.integers(SPECIALS, s.pieces, labels.shape)
-    words = np.where(rng.integers(2, size=labels.shape), derived_ids(s)[words], words)
-    replaced = np.select([fate < 0.8, fate < 0.9], [MASK, words], labels)
-    inputs = tokens.copy()
-    np.put_along_axis(inputs, masked, replaced, axis=1)
-    return inputs, masked, labels
+    shown = np.where(fate < 0.8, MASK, np.where(fate < 0.9, words, labels))
+    tokens = tokens.copy()
+    np.put_along_axis(tokens, masked, shown, axis=1)
+    return tokens, masked, labels
 
 
-def pair_translations(original: np.ndarray, derived: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Translation language modelling's input (XLM). Both: (B, T / 2) int64.
+# ------------------------------------------------------------------------------ the objectives
+# All minimise L_MLM, the masked-language-model loss over both languages. These are their additions.
+def pair_translations(original, derived):
+    """XLM: texts (B, T / 2) and their counterparts side by side, to be masked on both sides.
 
-    Returns tokens, languages and positions, each (B, T): counterparts side by side, the second's
-    positions starting again from zero.
-    """
+    Returns tokens, languages and positions, (B, T) int64 each. The positions start again with the
+    counterpart, so that corresponding words can have the same."""
     tokens = np.concatenate([original, derived], axis=1)
     languages = np.concatenate([np.zeros_like(original), np.ones_like(derived)], axis=1)
     positions = np.tile(np.arange(original.shape[1]), (len(tokens), 2))
     return tokens, languages, positions
 
 
-def ask_translations(
-    batch: Batch, dictionary: np.ndarray, s: Settings, rng: np.random.Generator
-) -> None:
-    """DICT-MLM, in place: of the masked tokens in D a share is to be predicted in translation.
+def ask_translations(batch, dictionary, s, rng):
+    """DICT-MLM: for half of the masked words in D the label becomes the translation.
 
-    The language embedding at such a place becomes that of the language asked for: the only sign of
-    what is wanted. As in Chaudhary et al. 2020 the *label* is translated; the code of ALIGN-MLM's
-    authors translates the *input* and keeps the label. What is kept here is the method that was
-    published, as that is what we compare with.
-    """
+    The language embedding there becomes that of the language asked for, the only sign of what is
+    wanted. As in Chaudhary et al. 2020 the *label* is translated. The code of ALIGN-MLM's authors
+    translates the *input* and keeps the label; we keep to the method as published."""
     translation = np.full(s.vocab_size, -1)
-    translation[dictionary[:, 0]], translation[dictionary[:, 1]] = dictionary.T[::-1]
-    asked = rng.random(batch.labels.shape) < s.translate_probability
-    sequence, n = np.nonzero(asked & (translation[batch.labels] >= 0))
-    batch.labels[sequence, n] = translation[batch.labels[sequence, n]]
-    batch.languages[sequence, batch.masked[sequence, n]] ^= 1
+    translation[dictionary] = dictionary[:, ::-1]  # of either word of a pair, the other one
+    translated = translation[batch.labels]  # (B, M), -1 for words outside of D
+    asked = (translated >= 0) & (rng.random(translated.shape) < 0.5)
+    row, column = np.nonzero(asked)
+    languages = batch.languages.copy()
+    languages[row, batch.masked[row, column]] ^= 1
+    return replace(batch, labels=np.where(asked, translated, batch.labels), languages=languages)
+
+
+def weighted_alignment(model, dictionary):
+    """ALIGN-MLM: alpha * L_align over the whole of D, at every step."""
+    return model.settings.alpha * kernels.alignment_loss(model.word_embeddings.weight, dictionary)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of the table below; what it leaves out is as in MLM."""
+
+    label: str  # its name in reports
+    language_embeddings: bool = False  # whether the model is told a token's language
+    parallel: bool = False  # whether half of each batch is translation pairs
+    change_batch: Callable = lambda batch, dictionary, s, rng: batch
+    added_loss: Callable = lambda model, dictionary: 0.0
+
+
+OBJECTIVES = {
+    "mlm": Objective("MLM"),
+    "xlm": Objective("XLM", language_embeddings=True, parallel=True),
+    "dict": Objective("DICT-MLM", language_embeddings=True, change_batch=ask_translations),
+    "align": Objective("ALIGN-MLM", added_loss=weighted_alignment),
+}
+
+# "paper" is the paper's experiment, for several GPUs, with RoBERTa's rates. "tiny" is for one core
+# of a CPU, in two minutes; RESULTS.md tells how its rates and steps were chosen. "small" is for
+# one GPU, and has the rates of "tiny".
+PRESETS = {"paper": Settings(), "tiny": Settings(
+    vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32, dropout=0.0,
+    optimizer="muon", mask_share=0.4, batch=64, steps=1_200, rate=3e-3, warmup=50, decay_share=0.3,
+    tune_rate=6e-3, tune_epochs=4, freeze_embeddings=True,
+)}  # fmt: skip
+PRESETS["small"] = preset(
+    "tiny", layers=4, width=256, feed_forward=1024, positions=128, dropout=0.1, batch=128,
+    steps=4_000, short_steps=3_000, tune_rate=1e-3,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the model
-
-
-def dropout(x, p: float):
-    """F.dropout in training; on a CPU from 16 random bits an element, for speed.
-
-    torch's generator of the mask, one uniform number an element, takes a quarter of a step there.
-    """
-    if p == 0 or x.is_cuda:
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(bits >= round(p * 2**16) - 2**15, x * (1 / (1 - p)), 0.0)
-
-
-def attend(query, key, value, mask, p: float):
-    """softmax(Q K' / sqrt(d)) V with dropout of the weights; (B, heads, T, d) each.
-
-    mask: None, or (B, 1, 1, T) bool, False where nothing is to be attended to.
-    """
-    if p == 0 or query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, mask, p)
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return dropout(scores.softmax(-1), p) @ value
-
-
 class Layer(nn.Module):
-    """A transformer block with the layer norms after the sums (Vaswani et al. 2017)."""
+    """A transformer block with its layer norms after the sums (Vaswani et al. 2017)."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
+        D = s.width
         self.heads, self.dropout = s.heads, s.dropout
-        self.qkv = nn.Linear(s.width, 3 * s.width)
-        self.attention_out = nn.Linear(s.width, s.width)
-        self.attention_norm = nn.LayerNorm(s.width)
-        self.up = nn.Linear(s.width, s.feed_forward)
-        self.down = nn.Linear(s.feed_forward, s.width)
-        self.norm = nn.LayerNorm(s.width)
+        self.query = nn.Linear(D, D)
+        self.key = nn.Linear(D, D)
+        self.value = nn.Linear(D, D)
+        self.attention_out = nn.Linear(D, D)
+        self.attention_norm = nn.LayerNorm(D)
+        self.up = nn.Linear(D, s.feed_forward)
+        self.down = nn.Linear(s.feed_forward, D)
+        self.norm = nn.LayerNorm(D)
+
+    def split_heads(self, x):
+        """(B, T, D) -> (B, heads, T, D / heads)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, hidden, attention_mask=None):
-        B, T, D = hidden.shape
-        drop = self.dropout if self.training else 0.0
-        qkv = self.qkv(hidden).view(B, T, 3, self.heads, D // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
-        mixed = attend(query, key, value, attention_mask, drop)
-        mixed = self.attention_out(mixed.transpose(1, 2).reshape(B, T, D))
-        hidden = self.attention_norm(hidden + dropout(mixed, drop))
-        fed = self.down(F.gelu(self.up(hidden)))
-        return self.norm(hidden + dropout(fed, drop))
+        """hidden: (B, T, D); attention_mask: (B, 1, 1, T) bool, False where nobody is to look."""
+        p = self.dropout if self.training else 0.0
+        query = self.split_heads(self.query(hidden))
+        key = self.split_heads(self.key(hidden))
+        value = self.split_heads(self.value(hidden))
+        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, p)
+        mixed = self.attention_out(mixed.transpose(1, 2).flatten(2))  # (B, T, D)
+        hidden = self.attention_norm(hidden + F.dropout(mixed, p))
+        fed = self.down(F.gelu(self.up(hidden)))  # (B, T, D)
+        return self.norm(hidden + F.dropout(fed, p))
 
 
 class MaskedLM(nn.Module):
     """RoBERTa: an encoder, and a head whose output matrix is the word-embedding matrix E."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s):
         super().__init__()
         self.settings = s
-        self.word_embeddings = nn.Embedding(s.vocab_size, s.width)
-        self.position_embeddings = nn.Embedding(s.positions, s.width)
-        self.language_embeddings = nn.Embedding(s.languages, s.width)
-        self.embedding_norm = nn.LayerNorm(s.width)
+        D = s.width
+        self.word_embeddings = nn.Embedding(s.vocab_size, D)
+        self.position_embeddings = nn.Embedding(s.positions, D)
+        self.language_embeddings = nn.Embedding(s.languages, D)
+        self.embedding_norm = nn.LayerNorm(D)
         self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
-        self.head_dense = nn.Linear(s.width, s.width)
-        self.head_norm = nn.LayerNorm(s.width)
+        self.head_dense = nn.Linear(D, D)
+        self.head_norm = nn.LayerNorm(D)
         self.head_bias = nn.Parameter(torch.zeros(s.vocab_size))
-        std = 0.02 * math.sqrt(512 / s.width)  # RoBERTa's 0.02 at the paper's width, and in scale
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:  # RoBERTa's deviation of 0.02 at its width, and to scale
+                nn.init.normal_(parameter, std=0.02 * (512 / D) ** 0.5)
+            elif "norm" not in name:
+                nn.init.zeros_(parameter)
 
-    def encode(self, tokens, languages=None, positions=None, padded=False):
+    def encode(self, tokens, languages=None, positions=None, attention_mask=None):
         """Hidden states (B, T, D) of tokens (B, T) int64.
 
-        languages, positions: (B, T) int64; None means all 0, and 0 to T - 1. A model with one
-        language embedding gives it to both languages. padded: tokens may hold PAD, which no
-        token then attends to (without it attention needs no mask, which is faster). Raises
-        ValueError if T is beyond the model's positions.
-        """
-        T = tokens.shape[1]
-        if T > (most := self.settings.positions):
-            raise ValueError(f"sequences of {T} tokens, but the model has {most} positions")
+        languages, positions: the same shape; by default all 0, and 0 to T - 1. attention_mask:
+        (B, 1, 1, T) bool, False at padding."""
         if positions is None:
-            positions = torch.arange(T, device=tokens.device)
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         if languages is None or self.settings.languages == 1:
-            languages = torch.zeros_like(tokens[:1, :1])
+            languages = torch.zeros_like(tokens)
         hidden = self.word_embeddings(tokens) + self.position_embeddings(positions)
         hidden = self.embedding_norm(hidden + self.language_embeddings(languages))
-        hidden = dropout(hidden, self.settings.dropout if self.training else 0.0)
-        attention_mask = (tokens != PAD)[:, None, None, :] if padded else None
+        hidden = F.dropout(hidden, self.settings.dropout, self.training)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask)
         return hidden
 
-    def head(self, hidden):
-        """(..., D) -> (..., D), what E is multiplied with to give logits."""
-        return self.head_norm(F.gelu(self.head_dense(hidden)))
-
-    def logits(self, hidden):
-        """(..., D) -> (..., V). Training never calls it: the loss needs no whole N x V matrix."""
-        return F.linear(self.head(hidden), self.word_embeddings.weight, self.head_bias)
-
-    def forward(self, batch: Batch, dictionary=None):
-        """The objective's loss and, for the log, L_MLM alone (float32 scalars).
-
-        L_MLM is the mean cross entropy over the masked tokens, the only ones that reach the head.
-        MLM, XLM and DICT-MLM are L_MLM of batches made differently (`mask_tokens`,
-        `pair_translations`, `ask_translations`). ALIGN-MLM is
-        L_MLM + alpha * L_align over the whole of D: dictionary (K, 2) int64, used by it alone.
-        """
+    def forward(self, batch, dictionary=None):
+        """The objective's loss, and L_MLM alone for the log. dictionary: D, (K, 2) int64."""
         hidden = self.encode(batch.tokens, batch.languages, batch.positions)
-        masked = self.head(hidden.take_along_dim(batch.masked[..., None], 1)).flatten(0, 1)
-        weight = self.word_embeddings.weight
-        loss = mlm = masked_lm_loss(masked, weight, self.head_bias, batch.labels.flatten())
-        if self.settings.objective == "align":
-            loss = mlm + self.settings.alpha * alignment_loss(weight, dictionary)
+        # The product with E is the most expensive one, and so only masked tokens go on to it.
+        hidden = hidden.take_along_dim(batch.masked[..., None], dim=1)  # (B, M, D)
+        hidden = self.head_norm(F.gelu(self.head_dense(hidden))).flatten(0, 1)  # (N, D)
+        E = self.word_embeddings.weight
+        mlm = kernels.masked_lm_loss(hidden, E, self.head_bias, batch.labels.flatten())
+        loss = mlm + OBJECTIVES[self.settings.objective].added_loss(self, dictionary)
         return loss, mlm.detach()
 
 
+# ----------------------------------------------------------------------------------- the losses
+# These are the definitions. The kernels compute the same two functions faster, and are tested and
+# timed against them.
+def masked_lm_equation(hidden, E, bias, labels):
+    """L_MLM = -1/N sum_n log softmax(hidden_n E^T + bias)[labels_n]. Source: BERT and RoBERTa."""
+    logits = F.linear(hidden, E, bias)  # (N, D), (V, D), (V,) -> (N, V)
+    of_labels = logits.log_softmax(dim=1).gather(1, labels[:, None])  # (N, 1)
+    return -of_labels.mean()
+
+
+def alignment_equation(E, pairs):
+    """L_align = -1/|D| sum over (i, j) in D of cos(E_i, E_j). Source: the paper."""
+    original, derived = E[pairs[:, 0]], E[pairs[:, 1]]  # (K, D) each
+    return -F.cosine_similarity(original, derived).mean()
+
+
 # ---------------------------------------------------------------------------------- measurement
+def words_of_both(model):
+    """The embeddings of the original words and of their counterparts, (words, D) each.
 
-
-def added_languages(model: MaskedLM):
-    """What alignment adds to original and to derived words, (2, D): XLM's language embeddings, as
-    the paper does, and nothing else."""
-    return model.language_embeddings.weight[[0, -1]] * (model.settings.objective == "xlm")
+    With XLM, and only there, the language embeddings are added, as in the paper."""
+    s, E = model.settings, model.word_embeddings.weight
+    original = E[SPECIALS : s.language_size]
+    derived = E[SPECIALS + s.shift : s.language_size + s.shift]
+    if s.objective == "xlm":
+        language = model.language_embeddings.weight
+        return original + language[0], derived + language[1]
+    return original, derived
 
 
 @torch.no_grad()
-def alignment_score(model: MaskedLM, dictionary: np.ndarray) -> dict[str, float]:
+def alignment_score(model, dictionary):
     """The share, in percent, of original words whose nearest derived word is their counterpart.
 
-    Nearest by cosine among all derived words. Over "all" words and over those "outside" the
-    dictionary (NaN if there are none; words that both languages share count as known).
-    dictionary: (K, 2) int64. Source: the paper.
-    """
-    s, ids = model.settings, derived_ids(model.settings)[SPECIALS:]
-    E, language = model.word_embeddings.weight, added_languages(model)
-    original = E[SPECIALS : s.pieces] + language[0]
-    derived = F.normalize(E[torch.tensor(ids)] + language[1], dim=1)
-    nearest = torch.cat([(some @ derived.T).argmax(1) for some in original.split(1024)])
-    found = nearest.cpu().numpy() == np.arange(len(ids))
-    outside = ids >= s.pieces
-    outside[dictionary[:, 0] - SPECIALS] = False
-    shares = {"all": found, "outside": found[outside]}
-    return {k: 100 * float(v.mean()) if len(v) else math.nan for k, v in shares.items()}
+    Nearest by cosine, among all derived words. Returns it over "all" words, those "inside" and
+    those "outside" the dictionary (K, 2); a group without words is left out. Source: the paper."""
+    original, derived = words_of_both(model)
+    derived = F.normalize(derived, dim=1)
+    nearest = [(rows @ derived.T).argmax(1).cpu() for rows in original.split(1024)]
+    words = np.arange(len(original))
+    aligned = 100.0 * (torch.cat(nearest).numpy() == words)
+    known = np.isin(words, dictionary[:, 0] - SPECIALS)
+    groups = {"all": aligned, "inside": aligned[known], "outside": aligned[~known]}
+    return {name: float(group.mean()) for name, group in groups.items() if group.size}
 
 
 @torch.no_grad()
-def rotate(model: MaskedLM, dictionary: np.ndarray) -> MaskedLM:
-    """A copy with the derived words turned onto the original ones, and given their language
-    embedding: what a dictionary gives without any training.
+def rotate(model, dictionary):
+    """A copy whose derived words are turned onto the original ones, and take their language.
 
-    By the orthogonal map that fits the dictionary best (Schönemann 1966; one of many, if K < D).
-    Words that both languages share stay. dictionary: (K, 2) int64.
-    """
+    The turn is the orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966). It shows
+    what a dictionary gives without any training."""
     model = copy.deepcopy(model)
-    E, language = model.word_embeddings.weight, added_languages(model)
-    pairs = torch.from_numpy(dictionary[dictionary[:, 0] != dictionary[:, 1]])
-    original, derived = E[pairs.T] + language[:, None]  # (K, D) each
-    u, _, v = torch.linalg.svd(derived.T @ original)
-    own = derived_ids(model.settings)
-    own = torch.from_numpy(own[own >= model.settings.pieces])
-    E[own] = (E[own] + language[1]) @ (u @ v) - language[0]
-    model.language_embeddings.weight[-1] = model.language_embeddings.weight[0]
+    s, language = model.settings, model.language_embeddings.weight
+    original, derived = words_of_both(model)
+    known = torch.from_numpy(dictionary[:, 0] - SPECIALS)
+    u, _, v = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
+    turned = derived @ u @ v
+    if s.objective == "xlm":
+        turned -= language[0]  # because encode() adds it
+    if s.shift:  # Otherwise the derived words are the original ones.
+        model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
+    language[-1] = language[0]
     return model
 
 
-# ---------------------------------------------------------- out to, and in from, transformers
-
-HF_CONFIG = {  # their name of a setting: ours
-    "vocab_size": "vocab_size", "type_vocab_size": "languages", "num_hidden_layers": "layers",
-    "hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "feed_forward",
-    "hidden_dropout_prob": "dropout",
-}  # fmt: skip
-HF_FIXED = {"model_type": "roberta", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
-HF_DERIVED = {"lm_head.decoder.weight", "lm_head.decoder.bias", "roberta.embeddings.position_ids"}
-HF_SKIPPED_POSITIONS = 2  # RoBERTa numbers positions from PAD + 1
-HF_MODULES = {  # our name of a module: theirs
+# ----------------------------------------------------------- out to, and in from, transformers
+HF_NAMES = {  # a part of a tensor's name here: in transformers
     "word_embeddings": "roberta.embeddings.word_embeddings",
     "position_embeddings": "roberta.embeddings.position_embeddings",
     "language_embeddings": "roberta.embeddings.token_type_embeddings",
-    "embedding_norm": "roberta.embeddings.LayerNorm",
+    "embedding_norm": "roberta.embeddings.LayerNorm", "layers": "roberta.encoder.layer",
+    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
     "attention_out": "attention.output.dense", "attention_norm": "attention.output.LayerNorm",
     "up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm",
-    "head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm",
+    "head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm", "head_bias": "lm_head.bias",
 }  # fmt: skip
+HF_SETTINGS = {  # a setting's name in transformers: here
+    "vocab_size": "vocab_size", "type_vocab_size": "languages", "num_hidden_layers": "layers",
+    "hidden_size": "width", "num_attention_heads": "heads", "intermediate_size": "feed_forward",
+    "hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "dropout",
+}  # fmt: skip
+HF_FIXED = {"model_type": "roberta", "tie_word_embeddings": True,
+            "hidden_act": "gelu", "layer_norm_eps": 1e-5}  # fmt: skip
+HF_UNUSED_POSITIONS = 2  # RoBERTa numbers its positions from PAD + 1 on.
 
 
-def _hf_names(name: str) -> list[str]:
-    """Our tensor's name -> theirs; our one matrix for query, key and value is three of theirs."""
-    if name == "head_bias":
-        return ["lm_head.bias"]
-    *layer, module, kind = name.split(".")
-    prefix = f"roberta.encoder.layer.{layer[1]}." if layer else ""
-    if module == "qkv":
-        return [f"{prefix}attention.self.{part}.{kind}" for part in ("query", "key", "value")]
-    return [f"{prefix}{HF_MODULES[module]}.{kind}"]
+def hf_name(name):
+    """layers.0.up.bias -> roberta.encoder.layer.0.intermediate.dense.bias"""
+    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
-# what opening a damaged file may raise
-DAMAGE = (OSError, AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError,
-          SafetensorError)  # fmt: skip
+def write_file(path, data):
+    """Write bytes to a Path, whole or not at all: to a temporary name, which is then renamed."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all: under another name, flushed, then renamed."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    os.replace(part, path)
+def write_tokenizer(table, mark, folder):
+    """Write a tokenizer for transformers, which takes words of either language between spaces.
+
+    table: the spelling and the score of each id's sub-word, V pairs. mark: what a word's first
+    sub-word begins with, in the original language and, transliterated, in the derived one."""
+    tokenizer = Tokenizer(models.Unigram(table, UNK))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Replace(Regex(r"(?<!\S)(?=[\u2800-\u28ff])"), mark[1]),
+        normalizers.Replace(Regex(r"(?<!\S)(?=[^\s\u2800-\u28ff])"), mark[0]),
+    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spaces = [decoders.Replace(sign, " ") for sign in mark]
+    tokenizer.decoder = decoders.Sequence([*spaces, decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", BOS), ("</s>", EOS)]
+    )
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer.add_special_tokens([*names.values(), AddedToken("<mask>", lstrip=True)])
+    names["mask_token"] = "<mask>"
+    names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_file(folder / "tokenizer_config.json", json.dumps(names).encode())
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all: under another name, flushed, then renamed."""
-    part = f"{path}.part"
-    try:
-        save_file(tensors, part, metadata)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(None, str(error), str(path)) from error
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def to_hf(model: MaskedLM, folder: str | Path) -> None:
+def to_hf(model, folder):
     """Write a folder that transformers.RobertaForMaskedLM.from_pretrained opens.
 
-    Same logits to 1e-4; language embeddings become its token types.
-    """
+    Its logits are the same to 1e-4. Language embeddings become token types."""
     folder, s = Path(folder), model.settings
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "position_embeddings.weight":
-            tensor = F.pad(tensor, (0, 0, HF_SKIPPED_POSITIONS, 0))
-        names = _hf_names(name)
-        tensors |= zip(names, (t.cpu().clone() for t in tensor.chunk(len(names))), strict=True)
-    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    config = {theirs: getattr(s, ours) for theirs, ours in HF_CONFIG.items()} | HF_FIXED | {
-        "architectures": ["RobertaForMaskedLM"], "tie_word_embeddings": True,
-        "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS,
-        "max_position_embeddings": s.positions + HF_SKIPPED_POSITIONS,
-        "attention_probs_dropout_prob": s.dropout,
-    }  # fmt: skip
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            tensor = F.pad(tensor, (0, 0, HF_UNUSED_POSITIONS, 0))
+        tensors[hf_name(name)] = tensor.cpu()
+    config = HF_FIXED | {theirs: getattr(s, ours) for theirs, ours in HF_SETTINGS.items()}
+    config["architectures"] = ["RobertaForMaskedLM"]
+    config["max_position_embeddings"] = s.positions + HF_UNUSED_POSITIONS
+    write_file(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    write_file(folder / "config.json", json.dumps(config, indent=2).encode())
 
 
-def from_hf(folder: str | Path, settings: Settings | None = None) -> MaskedLM:
-    """The model in a folder that `to_hf` or transformers wrote (RobertaForMaskedLM).
+def from_hf(folder, settings=None):
+    """The model in a folder that `to_hf` or transformers' RobertaForMaskedLM wrote, in float32.
 
-    settings: the experiment's; what concerns the model is read from the folder. Raises ValueError,
-    naming the file, when it is missing, damaged, or holds another kind of model.
-    """
-    file = Path(folder, "config.json")
+    settings: those of our experiment, if it is one; the shape is read from the folder. Raises
+    ValueError, naming the file, if the model is missing, damaged, or not such a RoBERTa."""
+    path = Path(folder, "config.json")
     try:
-        config = json.loads(file.read_text())
-        for key, value in HF_FIXED.items():
-            if config[key] != value:
-                raise ValueError(f"{key} is {config[key]!r}, but only {value!r} is known here")
-        positions = config["max_position_embeddings"] - HF_SKIPPED_POSITIONS
-        s = settings or Settings(tune_length=min(positions, Settings.tune_length))
-        ours = {ours: config[theirs] for theirs, ours in HF_CONFIG.items()}
-        with torch.device("meta"):  # shapes alone: what these tensors do not fill takes no memory
-            model = MaskedLM(replace(s, positions=positions, **ours))
-        file = Path(folder, "model.safetensors")
-        theirs = load_file(file)
-        state = {n: torch.cat([theirs.pop(t) for t in _hf_names(n)]) for n in model.state_dict()}
-        if left := theirs.keys() - HF_DERIVED:
-            raise ValueError(f"{min(left)} has no place in the model of config.json")
-        positions = state.pop("position_embeddings.weight")[HF_SKIPPED_POSITIONS:]
-        state["position_embeddings.weight"] = positions
-        model.load_state_dict(state, assign=True)
-    except (*DAMAGE, RuntimeError) as error:
-        raise ValueError(f"{file}: not a RoBERTa model's: {str(error).splitlines()[0]}") from error
+        config = HF_FIXED | json.loads(path.read_text())
+        if not HF_FIXED.items() <= config.items():
+            raise ValueError(f"it should have {HF_FIXED}")
+        shape = {ours: config[theirs] for theirs, ours in HF_SETTINGS.items()}
+        shape["positions"] = config["max_position_embeddings"] - HF_UNUSED_POSITIONS
+        objective = "mlm" if shape.pop("languages") == 1 else "xlm"
+        model = MaskedLM(replace(settings or Settings(objective=objective), **shape))
+        theirs = {}
+        for path in sorted(Path(folder).glob("model*.safetensors")):  # Large models have several.
+            theirs |= safetensors.torch.load_file(path)
+        state = {name: theirs[hf_name(name)] for name in model.state_dict()}
+        name = "position_embeddings.weight"
+        state[name] = state[name][HF_UNUSED_POSITIONS:]
+        model.load_state_dict(state)  # This copies, and so turns half precision into float32.
+    except Exception as error:  # A damaged file can make anything fail.
+        raise ValueError(f"{path}: no RoBERTa that can be read: {error}") from error
     return model
