@@ -9,10 +9,9 @@ matrix E. The objectives differ in what tells the model which words correspond:
   DICT-MLM   translations to be predicted (Chaudhary et al. 2020, arXiv 2010.12566)
   ALIGN-MLM  a loss that pulls the rows of dictionary pairs together ("the paper", arXiv 2211.08547)
 
-The original and the derived text come from different halves of the corpus. If both told the same
-sentences, a model could infer from the text alone which words correspond. The mask symbol is
-shared, as in the paper, where it is put in after transliteration. Shared symbols and positions are
-what can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
+Original and derived text come from different halves of the corpus: if both told the same sentences,
+the text alone would show which words correspond. The languages share the mask symbol, as in the
+paper. Such symbols can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
 
 Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width; V rows of E; K pairs.
 """
@@ -37,13 +36,9 @@ BOS, PAD, EOS, MASK, UNK = range(5)  # These ids are shared by both languages.
 SPECIALS = 5  # the first id of a sub-word
 SHORT_ROW = 32  # tokens; a model learns its positions sooner from short rows, as BERT did
 
-
 @dataclass(frozen=True)
 class Settings:
-    """One experiment. The defaults are the paper's. Raises ValueError for one that cannot be.
-
-    The comments are also the text of `train.py --help`."""
-
+    """One experiment, by default the paper's. The comments are also what `train.py --help` says."""
     objective: str = "align"  # what is learned: mlm, xlm, dict or align
     transform: str = "transliterate+invert"  # how the derived language is made
     steps: int = 500_000  # steps of pre-training
@@ -75,12 +70,12 @@ class Settings:
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"no objective {self.objective!r}: give {', '.join(OBJECTIVES)}")
-        if self.width % self.heads or self.width % 16:
-            raise ValueError("width: give a multiple of 16 and of heads")
-        if self.positions % SHORT_ROW or self.batch % 4 or self.vocab_size % 2:
-            raise ValueError("give positions in multiples of 32, batch in 4s, vocab_size in 2s")
-        if not 0.02 <= self.mask_share <= 1:
-            raise ValueError("mask_share: give a share from 0.02 to 1")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"no optimizer {self.optimizer!r}: give adamw or muon")
+        if self.width % self.heads or self.width % 16 or self.batch % 4:
+            raise ValueError("give width in multiples of 16 and of heads, batch in multiples of 4")
+        if self.positions % SHORT_ROW or not 0.02 <= self.mask_share <= 1:
+            raise ValueError("give positions in multiples of 32, and a mask_share of 0.02 to 1")
 
     @property
     def shift(self):  # T_trans adds it to a word's id; without T_trans the languages share ids.
@@ -94,18 +89,13 @@ class Settings:
     def languages(self):  # how many language embeddings there are; a single one tells nothing
         return 2 if OBJECTIVES[self.objective].language_embeddings else 1
 
-
 def preset(name, **changes):  # the Settings of a preset with these changes
     return replace(PRESETS[name], **changes)
 
-
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans of ids of the original language, any shape int64: i -> i + shift; special ids stay.
-
-    Source: the paper, which shifts the unknown word too; transformers' tokenizers have only one."""
+    """T_trans: i -> i + shift, but special ids stay; the paper's unknown word (UNK) moves too."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
-
 
 def make_dictionary(s):
     """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
@@ -114,11 +104,8 @@ def make_dictionary(s):
     known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
     return np.stack([known, known + s.shift], axis=1)
 
-
 @dataclass
-class Batch:
-    """What one step sees: int64 arrays of numpy when it is made, tensors once moved."""
-
+class Batch:  # what one step sees: int64 arrays of numpy when it is made, tensors once moved
     tokens: np.ndarray  # (B, T), after masking
     masked: np.ndarray  # (B, M), which of the T tokens are to be predicted
     labels: np.ndarray  # (B, M), the ids to be predicted there
@@ -128,20 +115,16 @@ class Batch:
     def to(self, device):
         return Batch(*[torch.from_numpy(array).to(device) for array in vars(self).values()])
 
-
 def mask_tokens(tokens, s, rng):
-    """RoBERTa's dynamic masking of tokens (B, T) int64; returns tokens, masked, labels of a Batch.
-
-    Of the chosen tokens 80 % become <mask>, 10 % a random word of either language, and 10 % stay.
-    RoBERTa chooses each token with the probability mask_share. Here a row has exactly
-    round(mask_share * T) chosen, special ones only if it has too few words, so that all batches
-    have one shape."""
+    """RoBERTa's masking of tokens (B, T) int64; returns tokens, masked and labels, as in Batch. Of
+    the chosen 80 % become <mask>, 10 % a random word of either language, and 10 % stay. RoBERTa
+    chooses each with the probability mask_share. Here exactly round(mask_share * T) of a row are
+    chosen, so that all batches have one shape; special ones only if a row has too few words."""
     count = round(s.mask_share * tokens.shape[1])
     order = rng.random(tokens.shape)  # The tokens with the smallest of these are chosen.
     order[tokens < SPECIALS] += 1
     masked = np.sort(np.argpartition(order, count - 1, axis=1)[:, :count])
     labels = np.take_along_axis(tokens, masked, axis=1)
-
     of_derived = rng.integers(2, size=labels.shape)
     words = rng.integers(SPECIALS, s.language_size, labels.shape) + s.shift * of_derived
     fate = rng.random(labels.shape)
@@ -150,12 +133,10 @@ def mask_tokens(tokens, s, rng):
     np.put_along_axis(tokens, masked, shown, axis=1)
     return tokens, masked, labels
 
-
 # ------------------------------------------------------------------------------ the objectives
 # All minimise L_MLM, the masked-language-model loss over both languages. These are their additions.
 def pair_translations(original, derived):
     """XLM: texts (B, T / 2) and their counterparts side by side, to be masked on both sides.
-
     Returns tokens, languages and positions, (B, T) int64 each. The positions start again with the
     counterpart, so that corresponding words can have the same."""
     tokens = np.concatenate([original, derived], axis=1)
@@ -163,13 +144,11 @@ def pair_translations(original, derived):
     positions = np.tile(np.arange(original.shape[1]), (len(tokens), 2))
     return tokens, languages, positions
 
-
 def ask_translations(batch, dictionary, s, rng):
     """DICT-MLM: for half of the masked words in D the label becomes the translation.
-
     The language embedding there becomes that of the language asked for, the only sign of what is
     wanted. As in Chaudhary et al. 2020 the *label* is translated. The code of ALIGN-MLM's authors
-    translates the *input* and keeps the label; we keep to the method as published."""
+    translates the *input* and keeps the label; here is the method as published."""
     translation = np.full(s.vocab_size, -1)
     translation[dictionary] = dictionary[:, ::-1]  # of either word of a pair, the other one
     translated = translation[batch.labels]  # (B, M), -1 for words outside of D
@@ -179,22 +158,17 @@ def ask_translations(batch, dictionary, s, rng):
     languages[row, batch.masked[row, column]] ^= 1
     return replace(batch, labels=np.where(asked, translated, batch.labels), languages=languages)
 
-
 def weighted_alignment(model, dictionary):
     """ALIGN-MLM: alpha * L_align over the whole of D, at every step."""
     return model.settings.alpha * kernels.alignment_loss(model.word_embeddings.weight, dictionary)
 
-
 @dataclass(frozen=True)
-class Objective:
-    """A row of the table below; what it leaves out is as in MLM."""
-
+class Objective:  # a row of the table below; what it leaves out is as in MLM
     label: str  # its name in reports
     language_embeddings: bool = False  # whether the model is told a token's language
     parallel: bool = False  # whether half of each batch is translation pairs
     change_batch: Callable = lambda batch, dictionary, s, rng: batch
     added_loss: Callable = lambda model, dictionary: 0.0
-
 
 OBJECTIVES = {
     "mlm": Objective("MLM"),
@@ -203,39 +177,32 @@ OBJECTIVES = {
     "align": Objective("ALIGN-MLM", added_loss=weighted_alignment),
 }
 
-# "paper" is the paper's experiment, for several GPUs, with RoBERTa's rates. "tiny" is for one core
-# of a CPU, in two minutes; RESULTS.md tells how its rates and steps were chosen. "small" is for
-# one GPU, and has the rates of "tiny".
+# "paper" is for several GPUs, and has RoBERTa's rates. "tiny" is for one core of a CPU, in two
+# minutes; RESULTS.md tells how its rates and steps were chosen. "small", for one GPU, has the same.
 PRESETS = {"paper": Settings(), "tiny": Settings(
     vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32, dropout=0.0,
     optimizer="muon", mask_share=0.4, batch=64, steps=1_200, rate=3e-3, warmup=50, decay_share=0.3,
     tune_rate=6e-3, tune_epochs=4, freeze_embeddings=True,
 )}  # fmt: skip
-PRESETS["small"] = preset(
-    "tiny", layers=4, width=256, feed_forward=1024, positions=128, dropout=0.1, batch=128,
-    steps=4_000, short_steps=3_000, tune_rate=1e-3,
-)  # fmt: skip
-
+PRESETS["small"] = preset("tiny", layers=4, width=256, feed_forward=1024, positions=128, batch=128,
+                          dropout=0.1, steps=4_000, short_steps=3_000, tune_rate=1e-3)  # fmt: skip
 
 # ------------------------------------------------------------------------------------ the model
 class Layer(nn.Module):
     """A transformer block with its layer norms after the sums (Vaswani et al. 2017)."""
-
     def __init__(self, s):
         super().__init__()
         D = s.width
-        self.heads, self.dropout = s.heads, s.dropout
-        self.query = nn.Linear(D, D)
-        self.key = nn.Linear(D, D)
-        self.value = nn.Linear(D, D)
+        self.heads = s.heads
+        self.dropout = s.dropout
+        self.query, self.key, self.value = [nn.Linear(D, D) for _ in range(3)]
         self.attention_out = nn.Linear(D, D)
         self.attention_norm = nn.LayerNorm(D)
         self.up = nn.Linear(D, s.feed_forward)
         self.down = nn.Linear(s.feed_forward, D)
         self.norm = nn.LayerNorm(D)
 
-    def split_heads(self, x):
-        """(B, T, D) -> (B, heads, T, D / heads)."""
+    def split_heads(self, x):  # (B, T, D) -> (B, heads, T, D / heads)
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, hidden, attention_mask=None):
@@ -250,10 +217,8 @@ class Layer(nn.Module):
         fed = self.down(F.gelu(self.up(hidden)))  # (B, T, D)
         return self.norm(hidden + F.dropout(fed, p))
 
-
 class MaskedLM(nn.Module):
     """RoBERTa: an encoder, and a head whose output matrix is the word-embedding matrix E."""
-
     def __init__(self, s):
         super().__init__()
         self.settings = s
@@ -273,10 +238,8 @@ class MaskedLM(nn.Module):
                 nn.init.zeros_(parameter)
 
     def encode(self, tokens, languages=None, positions=None, attention_mask=None):
-        """Hidden states (B, T, D) of tokens (B, T) int64.
-
-        languages, positions: the same shape; by default all 0, and 0 to T - 1. attention_mask:
-        (B, 1, 1, T) bool, False at padding."""
+        """Hidden states (B, T, D) of tokens (B, T) int64. languages, positions: the same shape, by
+        default all 0, and 0 to T - 1. attention_mask: (B, 1, 1, T) bool, False at padding."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         if languages is None or self.settings.languages == 1:
@@ -296,46 +259,35 @@ class MaskedLM(nn.Module):
         hidden = self.head_norm(F.gelu(self.head_dense(hidden))).flatten(0, 1)  # (N, D)
         E = self.word_embeddings.weight
         mlm = kernels.masked_lm_loss(hidden, E, self.head_bias, batch.labels.flatten())
-        loss = mlm + OBJECTIVES[self.settings.objective].added_loss(self, dictionary)
-        return loss, mlm.detach()
-
+        return mlm + OBJECTIVES[self.settings.objective].added_loss(self, dictionary), mlm.detach()
 
 # ----------------------------------------------------------------------------------- the losses
-# These are the definitions. The kernels compute the same two functions faster, and are tested and
-# timed against them.
+# These are the definitions. kernels/ computes the same functions faster, and is tested by them.
 def masked_lm_equation(hidden, E, bias, labels):
     """L_MLM = -1/N sum_n log softmax(hidden_n E^T + bias)[labels_n]. Source: BERT and RoBERTa."""
     logits = F.linear(hidden, E, bias)  # (N, D), (V, D), (V,) -> (N, V)
-    of_labels = logits.log_softmax(dim=1).gather(1, labels[:, None])  # (N, 1)
-    return -of_labels.mean()
-
+    return -logits.log_softmax(1).gather(1, labels[:, None]).mean()
 
 def alignment_equation(E, pairs):
     """L_align = -1/|D| sum over (i, j) in D of cos(E_i, E_j). Source: the paper."""
     original, derived = E[pairs[:, 0]], E[pairs[:, 1]]  # (K, D) each
     return -F.cosine_similarity(original, derived).mean()
 
-
 # ---------------------------------------------------------------------------------- measurement
 def words_of_both(model):
-    """The embeddings of the original words and of their counterparts, (words, D) each.
-
-    With XLM, and only there, the language embeddings are added, as in the paper."""
+    """The embeddings of the original words and of their counterparts, (words, D) each. As in the
+    paper, the language embeddings are added with XLM and only there."""
     s, E = model.settings, model.word_embeddings.weight
     original = E[SPECIALS : s.language_size]
     derived = E[SPECIALS + s.shift : s.language_size + s.shift]
-    if s.objective == "xlm":
-        language = model.language_embeddings.weight
-        return original + language[0], derived + language[1]
-    return original, derived
-
+    added = model.language_embeddings.weight if s.objective == "xlm" else E.new_zeros(2, 1)
+    return original + added[0], derived + added[1]
 
 @torch.no_grad()
 def alignment_score(model, dictionary):
-    """The share, in percent, of original words whose nearest derived word is their counterpart.
-
-    Nearest by cosine, among all derived words. Returns it over "all" words, those "inside" and
-    those "outside" the dictionary (K, 2); a group without words is left out. Source: the paper."""
+    """The share, in percent, of original words whose nearest derived word, by cosine, is their
+    counterpart: of "all" words, of those "inside" and of those "outside" the dictionary (K, 2). A
+    group without words is left out. Source: the paper."""
     original, derived = words_of_both(model)
     derived = F.normalize(derived, dim=1)
     nearest = [(rows @ derived.T).argmax(1).cpu() for rows in original.split(1024)]
@@ -345,13 +297,10 @@ def alignment_score(model, dictionary):
     groups = {"all": aligned, "inside": aligned[known], "outside": aligned[~known]}
     return {name: float(group.mean()) for name, group in groups.items() if group.size}
 
-
 @torch.no_grad()
 def rotate(model, dictionary):
-    """A copy whose derived words are turned onto the original ones, and take their language.
-
-    The turn is the orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966). It shows
-    what a dictionary gives without any training."""
+    """A copy whose derived words are turned onto the original ones, and take their language: by the
+    orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966), without any training."""
     model = copy.deepcopy(model)
     s, language = model.settings, model.language_embeddings.weight
     original, derived = words_of_both(model)
@@ -360,11 +309,9 @@ def rotate(model, dictionary):
     turned = derived @ u @ v
     if s.objective == "xlm":
         turned -= language[0]  # because encode() adds it
-    if s.shift:  # Otherwise the derived words are the original ones.
-        model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
+    model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
     language[-1] = language[0]
     return model
-
 
 # ----------------------------------------------------------- out to, and in from, transformers
 HF_NAMES = {  # a part of a tensor's name here: in transformers
@@ -386,22 +333,17 @@ HF_FIXED = {"model_type": "roberta", "tie_word_embeddings": True,
             "hidden_act": "gelu", "layer_norm_eps": 1e-5}  # fmt: skip
 HF_UNUSED_POSITIONS = 2  # RoBERTa numbers its positions from PAD + 1 on.
 
-
-def hf_name(name):
-    """layers.0.up.bias -> roberta.encoder.layer.0.intermediate.dense.bias"""
+def hf_name(name):  # layers.0.up.bias -> roberta.encoder.layer.0.intermediate.dense.bias
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
-
 def write_file(path, data):
-    """Write bytes to a Path, whole or not at all: to a temporary name, which is then renamed."""
+    """Write bytes to a Path, whole or not at all: under a temporary name, which is then changed."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     part.replace(path)
 
-
 def write_tokenizer(table, mark, folder):
     """Write a tokenizer for transformers, which takes words of either language between spaces.
-
     table: the spelling and the score of each id's sub-word, V pairs. mark: what a word's first
     sub-word begins with, in the original language and, transliterated, in the derived one."""
     tokenizer = Tokenizer(models.Unigram(table, UNK))
@@ -410,23 +352,18 @@ def write_tokenizer(table, mark, folder):
         normalizers.Replace(Regex(r"(?<!\S)(?=[^\s\u2800-\u28ff])"), mark[0]),
     ])  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    spaces = [decoders.Replace(sign, " ") for sign in mark]
-    tokenizer.decoder = decoders.Sequence([*spaces, decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(sign, " ") for sign in mark])
     tokenizer.post_processor = processors.TemplateProcessing(
-        "<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", BOS), ("</s>", EOS)]
-    )
+        "<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", BOS), ("</s>", EOS)])
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer.add_special_tokens([*names.values(), AddedToken("<mask>", lstrip=True)])
-    names["mask_token"] = "<mask>"
-    names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    names |= {"mask_token": "<mask>", "tokenizer_class": "PreTrainedTokenizerFast"}
     write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
     write_file(folder / "tokenizer_config.json", json.dumps(names).encode())
 
-
 def to_hf(model, folder):
-    """Write a folder that transformers.RobertaForMaskedLM.from_pretrained opens.
-
-    Its logits are the same to 1e-4. Language embeddings become token types."""
+    """Write a folder that transformers.RobertaForMaskedLM.from_pretrained opens. Its logits are the
+    same to 1e-4. Language embeddings become token types."""
     folder, s = Path(folder), model.settings
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -435,17 +372,13 @@ def to_hf(model, folder):
             tensor = F.pad(tensor, (0, 0, HF_UNUSED_POSITIONS, 0))
         tensors[hf_name(name)] = tensor.cpu()
     config = HF_FIXED | {theirs: getattr(s, ours) for theirs, ours in HF_SETTINGS.items()}
-    config["architectures"] = ["RobertaForMaskedLM"]
     config["max_position_embeddings"] = s.positions + HF_UNUSED_POSITIONS
     write_file(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     write_file(folder / "config.json", json.dumps(config, indent=2).encode())
 
-
 def from_hf(folder, settings=None):
-    """The model in a folder that `to_hf` or transformers' RobertaForMaskedLM wrote, in float32.
-
-    settings: those of our experiment, if it is one; the shape is read from the folder. Raises
-    ValueError, naming the file, if the model is missing, damaged, or not such a RoBERTa."""
+    """The model, in float32, that `to_hf` or transformers' RobertaForMaskedLM wrote to a folder.
+    settings: of our experiment, if it is one. Raises ValueError, naming the file, for any other."""
     path = Path(folder, "config.json")
     try:
         config = HF_FIXED | json.loads(path.read_text())
