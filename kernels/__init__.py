@@ -1,97 +1,80 @@
-"""The two losses that touch the whole vocabulary; alignmlm.py calls nothing else of this package.
+"""The two losses that touch the whole vocabulary, and where their Triton kernels run.
 
-CUDA tensors go to the Triton kernels; float64 and any other to the plain PyTorch beside them.
+As equations they stand in alignmlm.py; here the same numbers are computed with less time and
+memory. alignment.py is the easy kernel, to be read first; masked_softmax.py is the other one.
 """
 
 import torch
-from torch import Tensor
 
 from kernels import alignment, masked_softmax
 
 
-def masked_lm_loss(hidden, weight, bias, labels, ignore_index=-100):
-    """Mean cross entropy of softmax(hidden weight^T + bias) over the rows that have a label.
+def fused(weight):
+    """Whether the Triton kernels run for weight (V, D): everything else goes PyTorch's own way.
 
-    hidden (B, T, D) or (N, D), weight (V, D) and bias (V,) of one floating type (any, under
-    autocast); labels (B, T) or (N,), int64, in [0, V) or ignore_index. Returns an fp32 scalar
-    (float64 for float64), 0 if nothing has a label, to be differentiated once. Raises ValueError
-    for shapes, types, devices and labels that do not fit, but on a GPU, where to look at labels
-    costs a synchronisation, one outside makes the loss NaN. L_MLM of Tang et al. (2022).
+    They need a GPU of NVIDIA from Hopper on, for its copy engine (TMA) brings the tiles, and shared
+    memory for three tiles of each operand, of which GeForce RTX 50 cards have too little.
     """
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
+    if not weight.is_cuda or torch.version.hip or alignment.triton is None:
+        return False
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if weight.shape[1] % 16 or weight.shape[1] > 1024:
+        return False
+    if weight.device.index != torch.cuda.current_device():
+        return False
+    device = torch.cuda.get_device_properties(weight.device)
+    enough = device.shared_memory_per_block_optin >= masked_softmax.SHARED_MEMORY
+    return device.major >= 9 and enough
+
+
+def masked_lm_loss(hidden, weight, bias, labels):
+    """Mean cross entropy of softmax(hidden weight^T + bias): L_MLM of Tang et al. (2022).
+
+    hidden (N, D), weight (V, D) and bias (V,) of one floating type, or of any under autocast;
+    labels (N,), int64 in [0, V): the masked tokens alone, which the caller has gathered. Returns
+    an fp32 scalar (float64 for float64), to be differentiated once. Raises ValueError for shapes,
+    types and devices that do not fit. Labels are not looked at, for the GPU would have to be waited
+    for: one outside of [0, V) is an error of PyTorch's, or in the kernels a loss of NaN.
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-    V, D = _check_weight(weight)
-    _check("hidden", hidden, (*hidden.shape[:-1], D), weight.dtype, weight.device)
+    V, D = _check_matrix("weight", weight)
+    N, _ = _check_matrix("hidden", hidden)
+    _check("hidden", hidden, (N, D), weight.dtype, weight.device)
     _check("bias", bias, (V,), weight.dtype, weight.device)
-    _check("labels", labels, hidden.shape[:-1], torch.int64, weight.device)
-    inputs = [t.contiguous() for t in (hidden.reshape(-1, D), weight, bias, labels.reshape(-1))]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _MaskedLM.apply(*inputs, ignore_index)
-    return _masked_lm(*inputs, ignore_index, False)[0]
+    _check("labels", labels, (N,), torch.int64, weight.device)
+    if fused(weight):
+        return alignment.made_in_forward(masked_softmax.masked_lm, hidden, weight, bias, labels)
+    return masked_softmax.masked_lm_plain(hidden, weight, bias, labels)
 
 
 def alignment_loss(weight, pairs):
-    """Minus the mean cosine of weight[i] and weight[j] over the pairs (i, j) of a dictionary.
+    """Minus the mean cosine of rows i and j of weight over the pairs (i, j): L_align, same paper.
 
-    weight (V, D) floating; pairs (K, 2) int64 in [0, V), repeated at will; what is made of them is
-    kept while that tensor lives. Returns an fp32 scalar (float64 for float64), 0 for K = 0; a row
-    of zeros has cosine 0 and gradient 0. Raises ValueError for shapes, types, devices and pairs
-    that do not fit; but on a GPU a pair outside makes the loss NaN. L_align of Tang et al. (2022).
+    weight (V, D) floating; pairs (K, 2), int64 in [0, V). The dictionary must be ONE-TO-ONE: each
+    row of weight stands in at most one pair, for a pair writes the gradient of its rows and does
+    not add to it. Returns an fp32 scalar (float64 for float64), to be differentiated once. Raises
+    ValueError for shapes, types and devices that do not fit; values are treated as labels are.
     """
-    V, _ = _check_weight(weight)
+    _check_matrix("weight", weight)
     _check("pairs", pairs, (len(pairs), 2), torch.int64, weight.device)
-    if _fused(weight):
-        return alignment.Alignment.apply(weight.contiguous(), pairs)
-    if not torch.compiler.is_compiling() and ((pairs < 0) | (pairs >= V)).any():
-        raise ValueError(f"pairs of shape {tuple(pairs.shape)} has values outside [0, {V})")
-    return alignment.alignment_oracle(weight, pairs)
+    if fused(weight):
+        return alignment.made_in_forward(alignment.alignment, weight, pairs)
+    return alignment.alignment_plain(weight, pairs)
 
 
-def _fused(weight):
-    return weight.is_cuda and masked_softmax.triton is not None and weight.dtype != torch.float64
-
-
-def _check_weight(weight):
-    V, D = weight.shape if weight.dim() == 2 else (0, 0)
-    if not V or D not in range(16, 1025, 16) or not weight.is_floating_point():
-        raise ValueError(f"weight is {weight.dtype} of shape {tuple(weight.shape)}; it must be "
-                         "floating, (V, D) with V > 0 and D a multiple of 16 up to 1024")
-    return V, D
+def _check_matrix(name, tensor):
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        found = (tuple(tensor.shape), tensor.dtype)
+        raise ValueError(f"{name} is {found}; it must be a matrix of a floating type")
+    return tensor.shape
 
 
 def _check(name, tensor, shape, dtype, device):
-    found = tuple(tensor.shape), tensor.dtype, tensor.device
-    if found != (tuple(shape), dtype, device):
-        raise ValueError(f"{name} is {found} but must be {(tuple(shape), dtype, device)}")
-
-
-@torch.library.custom_op("alignmlm::masked_lm", mutates_args=())
-def _masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ignore_index: int,
-               with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss and its gradients. An operator, so that torch.compile does not look inside."""
-    way = masked_softmax.masked_lm_fused if _fused(weight) else masked_softmax.masked_lm_oracle
-    with torch.autocast(weight.device.type, enabled=False), torch.cuda.device_of(weight):
-        return way(hidden, weight, bias, labels, ignore_index, with_grad)
-
-
-@_masked_lm.register_fake
-def _(hidden, weight, bias, labels, ignore_index, with_grad):
-    loss = hidden.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32))
-    return loss, *(t.new_empty(t.shape if with_grad else 0) for t in (hidden, weight, bias))
-
-
-class _MaskedLM(torch.autograd.Function):
-    """The forward makes the gradients, while it has the exponentials; the backward scales them."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        loss, *grads = _masked_lm(*inputs, True)
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        if torch.is_grad_enabled():  # under create_graph
-            raise RuntimeError("masked_lm_loss can be differentiated once only")
-        return *(grad * upstream for grad in ctx.saved_tensors), None, None
+    found = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    wanted = (shape, dtype, device)
+    if found != wanted or tensor.numel() == 0:
+        raise ValueError(f"{name} is {found}; it must be {wanted} and not empty")

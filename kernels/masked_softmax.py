@@ -1,204 +1,226 @@
-"""The masked-language-model loss over a large vocabulary: three products and no N x V matrix.
+"""The masked-language-model loss over a large vocabulary: three products, and p a chunk at a time.
 
-Row n of the N with a label y has the logits z = hidden_n weight^T + bias over V words and the loss
-log(sum_v exp z_v) - z_y. A softmax subtracts the row's maximum, known only with its last logit, and
-so passes over the row again. But all it needs is to stay in range, and bf16 and fp32 reach from
-e^-87 to e^88, beyond the logits of a healthy model: exponentials can be taken at once, in the
-epilogue of the product that makes the logits, and kept in bf16. With their sum S_n without the
-label's, T_n with it, scale_n = 1 / (N T_n), and p_v = exp z_v but p_y = -S_n, the gradient of the
-logits is scale_n p; and as a row's factor moves out of a product,
+With hidden (N, D), weight (V, D), bias (V,) and labels (N, 1), this is the trick:
 
-    dhidden = scale * (p weight),    dweight = p^T (scale * hidden),    dbias = p^T scale.
+    p = torch.exp(hidden @ weight.T + bias)  # (N, V): no maximum is subtracted
+    target = p.gather(1, labels)  # (N, 1)
+    others = p.scatter_(1, labels, 0.0).sum(1, keepdim=True)  # (N, 1)
+    loss = torch.log((others + target) / target).mean()
+    scale = 1 / (N * (others + target))
+    p.scatter_(1, labels, -others)  # now scale * p is the gradient of the logits
 
-Nothing of size N x V is ever normalised. Rows whose maximum is beyond +-60 are repaired: the first
-kernel runs again with it as their reference, and returns at once elsewhere. Any input is exact.
+A row's factor moves out of a product, and so p itself is never normalised:
 
-At N = 19,661, D = 512, V = 80,000 in bf16 on an H200 (large products at 790 TFLOP/s, large copies
-at 4.3 TB/s) a product is 2NDV = 1.61e12 operations, 2.04 ms, and a pass of an N x V matrix through
-memory 3.15 GB, 0.73 ms. The floor is three products, 6.1 ms. With the passes outside of them:
+    dhidden, dweight, dbias = scale * (p @ weight), p.T @ (scale * hidden), p.T @ scale
 
-    eager       log_softmax 2, its backward 4, dbias 1: 11.2 ms; 3 matrices, 9.4 GB
-    compiled    log-sum-exp 1, gradient 2, dbias 1: 9.0 ms; 1 or 2 matrices
-    in chunks   (Liger) of 128 rows, dweight through memory 154 times: 11.8 ms beside the passes
-    recomputed  (CCE) a fourth product, 8.2 ms, and dweight summed under locks
-    this file   none, but fp32 dweight through memory for each of 6 chunks: 6.6 ms; 0.9 GB
+A softmax subtracts each row's maximum, which is known only with the row's last logit, and so passes
+over the logits twice. Here exp_kernel takes the exponentials as the logits leave their product, for
+a chunk of rows, and p is dropped when its chunk has been through the other two products.
 
-Rates are harder to predict: 600 TFLOP/s for exp_kernel, whose exponentials its product waits for,
-710 for cuBLAS and 540 for weight_grad_kernel make 8.2 ms, 75 % of the floor's rate. Not measured.
+What it saves. Eager PyTorch holds the logits, their log-softmax and its gradient: 6 N V bytes in
+bf16, 9.4 GB at N = 19,661, V = 80,000. Here p takes 0.5 GB, whatever N is, and the sum of the
+chunks' dweight in fp32 4 V D bytes, 0.16 GB at D = 512.
+
+Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88, and most logits are well within 60 of 0. Up to
+e^60, a sum of 2^20 exponentials (e^14), times values up to a million (e^14), stays in range; down to
+e^-60, a word that underflows has less than e^-27 of its row's largest exponential, and is lost in
+rounding anyway. A row whose maximum is beyond is repaired: exp_kernel runs again with that maximum
+as the row's reference, which it subtracts, and skips blocks of rows that need no repair.
+
+What came before: gradients made in the forward, by chunks of rows (Liger Kernel, arXiv 2410.10989);
+no logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials in
+bf16 that are not normalised, as here, but without a bias (quack-kernels 0.6.5, "scaled-exp").
+
 Every number is summed by one program in one order, and so has the same bits on every run.
 """
 
-from __future__ import annotations  # tl, which the annotations name, may be missing
+from __future__ import annotations  # Triton, which the annotations name, may be missing.
 
 import math
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # no Triton for this platform (macOS): only the oracles are used
-    triton = tl = None
+from kernels.alignment import TensorDescriptor, constexpr, jit, tl, triton
 
-jit = triton.jit if triton else (lambda function: function)
-
-CPU_CHUNK = 64 << 20  # bytes of logits at a time: small batches are one, so threads meet seldom
-GPU_CHUNK = 512 << 20  # bytes of p at a time; half would cost 6 more passes of dweight, 0.5 ms
-REACH = 60.0  # of the logits without repair: sums of V exponentials and products with them fit, too
-SLIVER = 16  # columns of the narrowest product that tl.dot takes: p^T scale, for dbias
+REACH = 60.0
+GPU_CHUNK = 1 << 28  # entries of p at a time: each chunk more reads and writes dweight once more
+CPU_CHUNK = 1 << 24  # logits at a time, as measured (results/kernels.md)
+SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tests check it
+COLUMNS = 16  # of the narrowest product that tensor cores take: dbias makes one
 
 
-def masked_lm_oracle(hidden, weight, bias, labels, ignore_index, with_grad):
-    """masked_lm_fused in plain PyTorch, for a CPU, with the usual maximum; half types in fp32."""
-    rows = (labels != ignore_index).nonzero().squeeze(1)  # (N,)
-    words, N, V = labels[rows, None], len(rows), len(weight)
-    if ((words < 0) | (words >= V)).any():
-        raise ValueError(f"labels {tuple(labels.shape)} must be in [0, {V}) or {ignore_index}")
-    wide, inputs = torch.promote_types(weight.dtype, torch.float32), (hidden, weight, bias)
-    hidden, weight, bias = (t.to(wide) for t in inputs)
-    grads = [torch.zeros_like(t) if with_grad else t.new_empty(0) for t in (hidden, weight, bias)]
-    dhidden, dweight, dbias = grads
-    chunks = -(-N * V * wide.itemsize // CPU_CHUNK) or 1
-    buffer, loss = hidden.new_empty(-(-N // chunks), V), hidden.new_zeros(())
-    for row, word in zip(rows.chunk(chunks), words.chunk(chunks), strict=True):
-        h = hidden[row]
-        logits = torch.mm(h, weight.T, out=buffer[: len(row)]).add_(bias)  # (size, V)
-        target, peak = logits.gather(1, word), logits.amax(1, keepdim=True)
-        p = logits.sub_(peak).exp_().scatter_(1, word, 0.0)
-        others = p.sum(1, keepdim=True)  # S
-        total = others + (target - peak).exp()  # T
-        loss += (total.log() + (peak - target)).sum()  # in this order: both may be large
-        if with_grad:
-            p.scatter_(1, word, -others)
-            scale = 1 / (N * total)
-            dhidden[row] = torch.mm(p, weight).mul_(scale)
-            dweight.addmm_(p.T, h * scale)
-            dbias.add_(torch.mm(scale.T, p)[0])
-    return loss / max(N, 1), *(grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True))
+def masked_lm_plain(hidden, weight, bias, labels):
+    """The loss in PyTorch's own way, by chunks of rows where that loses nothing.
 
-
-@jit
-def exp_kernel(hidden, weight, bias, labels, rows, reference, p, peaks, sums, N, V,
-               D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-               BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, STORE: tl.constexpr,
-               REPAIR: tl.constexpr):
-    """A tile of p = exp(logits - reference), 0 at the labels; its rows' maxima and sums."""
-    blocks = tl.cdiv(N, BLOCK_N)  # fastest: weight is read once, and hidden's rows fit in L2
-    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = tl.load(reference + n, mask=n < N, other=0.0)
-    if REPAIR and tl.max((base != 0).to(tl.int32), axis=0) == 0:
-        return
-    row = tl.load(rows + n, mask=n < N, other=0)  # the labelled rows, where they lie in hidden
-    h = hidden + row[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
-    logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        w = weight.load([tile * BLOCK_V, d])  # by descriptor (TMA on Hopper): 0 beyond row V
-        logits = tl.dot(tl.load(h + d), w.T, logits, input_precision=PRECISION)
-    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    logits += tl.load(bias + v, mask=v < V, other=float("-inf")).to(tl.float32)[None, :]
-    tl.store(peaks + tile * N + n, tl.max(logits, axis=1), mask=n < N)
-    label = tl.load(labels + row)
-    exps = tl.exp(tl.where(v[None, :] == label[:, None], float("-inf"), logits - base[:, None]))
-    tl.store(sums + tile * N + n, tl.sum(exps, axis=1), mask=n < N)
-    if STORE:
-        p.store([block * BLOCK_N, tile * BLOCK_V], exps.to(p.dtype))
-
-
-@jit
-def row_kernel(hidden, weight, bias, labels, rows, reference, sums, p, scaled, scales, losses, N,
-               tiles, V, stride, total_N, D: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_T: tl.constexpr, STORE: tl.constexpr, SLIVER: tl.constexpr = SLIVER):
-    """Row n's loss; for its gradient scale, scale * [hidden, 1] and p at its label."""
-    n, t, d = tl.program_id(0), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    row = tl.load(rows + n)
-    label = tl.load(labels + row)
-    known = (label >= 0) & (label < V)  # if not, loss and gradient are NaN
-    h = tl.load(hidden + row * D + d, mask=d < D, other=1.0).to(tl.float32)
-    w = tl.load(weight + label * D + d, mask=known & (d < D), other=0.0).to(tl.float32)
-    target = tl.sum(h * w, axis=0) + tl.load(bias + label, mask=known, other=float("nan"))
-    target -= tl.load(reference + n)
-    others = tl.sum(tl.load(sums + t * N + n, mask=t < tiles, other=0.0), axis=0)
-    total = others + tl.exp(target)
-    tl.store(losses + n, tl.log(total) - target)
-    if STORE:
-        scale = 1.0 / (total * total_N)
-        tl.store(scales + n, scale)
-        tl.store(scaled + n * (D + SLIVER) + d, h * scale, mask=d < D + SLIVER)
-        tl.store(p + n * stride + label, -others, mask=known)
-
-
-@jit
-def weight_grad_kernel(p, scaled, sliver, dweight, dbias, N, V, D: tl.constexpr,
-                       BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-                       PRECISION: tl.constexpr, SLIVER: tl.constexpr = SLIVER):
-    """A tile of dweight += p^T (scale * hidden) and, beside the first, dbias += p^T scale."""
-    d = tl.program_id(0) % (D // BLOCK_D) * BLOCK_D  # fastest: neighbours share tiles of p
-    v = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
-    grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
-    grad_bias = tl.zeros((BLOCK_V, SLIVER), tl.float32)  # equal columns
-    for n in range(0, N, BLOCK_N):
-        tile = p.load([n, v]).T
-        grad = tl.dot(tile, scaled.load([n, d]), grad, input_precision=PRECISION)
-        grad_bias = tl.dot(tile, sliver.load([n, D]), grad_bias, input_precision=PRECISION)
-    dweight.store([v, d], dweight.load([v, d]) + grad)
-    if d == 0:
-        word = v + tl.arange(0, BLOCK_V)
-        column = tl.sum(grad_bias, axis=1) / SLIVER
-        tl.store(dbias + word, tl.load(dbias + word, mask=word < V) + column, mask=word < V)
-
-
-def tile_settings(dtype, capability):
-    """Tiles of both products. 128 x 256 sums are what fits in the registers of 8 warps, and three
-    stages 64 deep take 150 of 227 KB of shared memory. Before Hopper (no TMA: addresses take
-    registers, too) half must do. fp32, as three products of tf32, is there to be exact.
+    The chunked function rounds the loss of half types to their 8 or 11 bits, does not compile, and
+    is new in PyTorch 2.13; everywhere else all N x V logits are made, as in the equation.
     """
-    if dtype == torch.float32:
-        return 64, 64, 32, {"num_warps": 4, "num_stages": 3, "PRECISION": "tf32x3"}
-    tall, wide = (128, 256) if capability >= (9, 0) else (64, 128)
-    return tall, wide, 64, {"num_warps": 8, "num_stages": 3, "PRECISION": "ieee"}
+    chunked = hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling()
+    if chunked and weight.dtype.itemsize >= 4:
+        rows = max(1, CPU_CHUNK // len(weight))
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, options=options)
+    logits = F.linear(hidden, weight, bias)  # (N, V)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
-def masked_lm_fused(hidden, weight, bias, labels, ignore_index, with_grad):
-    """hidden (rows, D), weight (V, D), bias (V,), labels (rows,), contiguous -> loss, gradients."""
-    rows = (labels != ignore_index).nonzero().squeeze(1)  # (N,): N is all that the host waits for
-    N, (V, D) = len(rows), weight.shape
-    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (9, 0)
-    tall, wide, deep, settings = tile_settings(weight.dtype, capability)
-    # The exponentials need the range of fp32: the gradient of fp16 is made in bf16, which has it.
-    dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
-    fp32 = {"dtype": torch.float32, "device": weight.device}
-    stride = triton.cdiv(V, 16) * 16  # rows of a descriptor start at multiples of 16 bytes, and
-    weight = weight.clone() if weight.data_ptr() % 16 else weight  # a view may start elsewhere
+@jit
+def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D: constexpr,
+               BLOCK_N: constexpr, BLOCK_V: constexpr, BLOCK_D: constexpr, WITH_GRAD: constexpr,
+               REPAIR: constexpr):  # fmt: skip
+    """p (N, V) = exp(hidden weight^T + bias - reference), but 0 at the labels, tile by tile.
+
+    hidden (N, D), weight (V, D) and p are descriptors; bias (V,), labels (N,), reference (N,). Also
+    the maxima of the logits and the sums of p, row by row of each tile: peaks, sums (V tiles, N).
+    """
+    # As many programs as there are multiprocessors take tile after tile: one tile's loads are under
+    # way while the exponentials of the one before are taken. Blocks of rows go fastest, so that a
+    # tile of weight is read once, while all of hidden stays in the L2 cache.
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    tiles = row_blocks * tl.cdiv(V, BLOCK_V)
+    column = tl.arange(0, BLOCK_V)
+    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not REPAIR):
+        n0 = t % row_blocks * BLOCK_N
+        tile = t // row_blocks
+        v0 = tile * BLOCK_V
+        n = n0 + tl.arange(0, BLOCK_N)
+        needed = True
+        if REPAIR:
+            base = tl.load(reference + n, mask=n < N, other=0.0)  # (BLOCK_N,)
+            needed = tl.max((base != 0).to(tl.int32), axis=0) != 0
+        if needed:
+            # Descriptors load tiles by TMA, and zeros beyond the last row. A product in fp32 is
+            # made of three in tf32, to be exact; for half types the precision means nothing.
+            logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            for d in range(0, D, BLOCK_D):
+                h = hidden.load([n0, d])  # (BLOCK_N, BLOCK_D)
+                w = weight.load([v0, d])  # (BLOCK_V, BLOCK_D)
+                logits = tl.dot(h, w.T, logits, input_precision="tf32x3")
+            # Columns beyond V have a bias of -inf, and so an exponential of 0.
+            b = tl.load(bias + v0 + column, mask=v0 + column < V, other=float("-inf"))
+            logits += b.to(tl.float32)[None, :]
+            if REPAIR:
+                logits -= base[:, None]
+            else:
+                tl.store(peaks + tile * N + n, tl.max(logits, axis=1), mask=n < N)
+            label = (tl.load(labels + n, mask=n < N, other=-1) - v0).to(tl.int32)
+            is_label = column[None, :] == label[:, None]
+            # The GPU's own instruction is exp2; e^x is 2 to the x log2(e).
+            exps = tl.where(is_label, 0.0, tl.exp2(logits * 1.4426950408889634))
+            tl.store(sums + tile * N + n, tl.sum(exps, axis=1), mask=n < N)
+            if WITH_GRAD:
+                p.store([n0, v0], exps.to(p.dtype))
+
+
+@jit
+def weight_grad_kernel(p, scaled, ones, dweight, dbias, N, V, D: constexpr, BLOCK_V: constexpr,
+                       BLOCK_D: constexpr, BLOCK_N: constexpr, FIRST: constexpr,
+                       COLUMNS: constexpr = COLUMNS):  # fmt: skip
+    """Tiles of dweight (V, D) += p^T (scale * hidden) and of dbias (V,) += p^T scale, in fp32.
+
+    The descriptors p (N, V), scaled (N, D + 16) and ones, its last columns, are of one chunk of
+    rows; the FIRST chunk writes over what stands in dweight and dbias.
+    """
+    d = tl.program_id(0) % (D // BLOCK_D) * BLOCK_D  # fastest: neighbours share tiles of p
+    v0 = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
+    grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    if d == 0:
+        # dbias comes of the same tiles of p and the columns of scale * 1, all of them equal.
+        grad_bias = tl.zeros((BLOCK_V, COLUMNS), tl.float32)
+        for n in range(0, N, BLOCK_N):
+            p_tile = p.load([n, v0]).T  # (BLOCK_V, BLOCK_N)
+            grad = tl.dot(p_tile, scaled.load([n, d]), grad, input_precision="tf32x3")
+            grad_bias = tl.dot(p_tile, ones.load([n, D]), grad_bias, input_precision="tf32x3")
+        v = v0 + tl.arange(0, BLOCK_V)
+        column = tl.max(grad_bias, axis=1)
+        if not FIRST:
+            column += tl.load(dbias + v, mask=v < V, other=0.0)
+        tl.store(dbias + v, column, mask=v < V)
+    else:
+        for n in range(0, N, BLOCK_N):
+            grad = tl.dot(p.load([n, v0]).T, scaled.load([n, d]), grad, input_precision="tf32x3")
+    if not FIRST:
+        grad += dweight.load([v0, d])
+    dweight.store([v0, d], grad)
+
+
+# An operator of its own, so that torch.compile puts it in its graph and looks no further.
+@torch.library.custom_op("alignmlm::masked_lm", mutates_args=())
+def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
+              with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss (fp32) and its gradients in the inputs' types, or empty ones if not wanted."""
+    (N, D), V = hidden.shape, len(weight)
+    device = torch.cuda.get_device_properties(weight.device)
+    # 128 x 256 sums are what fits in the registers of 8 warps on Hopper; on Blackwell they would
+    # spill. The exponentials of fp16 are kept in bf16, for they need the range of fp32.
+    p_dtype, tall, wide, deep = torch.bfloat16, 128, 128, 64
+    if device.major == 9:
+        wide = 256
+    if weight.dtype == torch.float32:
+        p_dtype, tall, wide, deep = torch.float32, 64, 64, 32
+    deep_D, wide_D = math.gcd(D, deep), math.gcd(D, wide)
+    # TMA wants matrices and their rows to start at multiples of 16 bytes, which views may not.
+    hidden, weight = (t.clone() if t.data_ptr() % 16 else t for t in (hidden, weight))
+    stride = triton.cdiv(V, 16) * 16
     tiled = TensorDescriptor.from_tensor
-    tiles, deep_D, wide_D = triton.cdiv(V, wide), math.gcd(D, deep), math.gcd(D, wide)
-    chunks = max(1, triton.cdiv(N * stride * dtype.itemsize, GPU_CHUNK))
-    losses = torch.empty(N, **fp32)
-    buffer = losses.new_empty(triton.cdiv(N, chunks) if with_grad else 1, stride, dtype=dtype)
-    dhidden = torch.zeros_like(hidden) if with_grad else losses[:0]
-    dweight, dbias = (torch.zeros(t.shape if with_grad else 0, **fp32) for t in (weight, bias))
-    for row, loss in zip(rows.chunk(chunks), losses.chunk(chunks), strict=True) if N else ():
-        n, p = len(row), buffer[: len(row)]
-        peaks, sums = torch.empty(2, tiles, n, **fp32)
-        reference, scales = torch.zeros(2, n, **fp32)
-        for repair in (False, True):
-            exp_kernel[(triton.cdiv(n, tall) * tiles,)](
-                hidden, tiled(weight, [wide, deep_D]), bias, labels, row, reference,
-                tiled(p, [tall, wide]), peaks, sums, n, V, D, BLOCK_N=tall, BLOCK_V=wide,
-                BLOCK_D=deep_D, STORE=with_grad, REPAIR=repair, **settings)
-            reference = torch.hardshrink(peaks.amax(0), REACH)  # 0 within reach
-        scaled = torch.empty(n, D + SLIVER, dtype=dtype, device=weight.device)
-        row_kernel[(n,)](
-            hidden, weight, bias, labels, row, reference, sums, p, scaled, scales, loss, n, tiles,
-            V, stride, N, D, BLOCK_D=triton.next_power_of_2(D + SLIVER),
-            BLOCK_T=triton.next_power_of_2(tiles), STORE=with_grad)
+
+    new = partial(torch.empty, dtype=torch.float32, device=weight.device)
+    rows = min(N, max(1, GPU_CHUNK // (128 * stride)) * 128)
+    buffer = new(rows, stride, dtype=p_dtype)
+    losses, lost = new(2, N)
+    dhidden, dweight, dbias = (new(t.shape if with_grad else 0) for t in (hidden, weight, bias))
+    label_rows = weight[labels].float()  # (N, D)
+    targets = (hidden * label_rows).sum(1) + bias[labels]  # (N,), the labels' logits
+
+    for start in range(0, N, rows):
+        chunk = slice(start, start + rows)
+        h, label = hidden[chunk], labels[chunk]
+        n, p = len(h), buffer[: len(h)]
+        peaks, sums = new(2, triton.cdiv(V, wide), n)
+        exponentials = partial(
+            exp_kernel[(device.multi_processor_count,)], tiled(h, [tall, deep_D]),
+            tiled(weight, [wide, deep_D]), bias, label, tiled(p, [tall, wide]), peaks, sums, n, V,
+            D=D, BLOCK_N=tall, BLOCK_V=wide, BLOCK_D=deep_D, WITH_GRAD=with_grad,
+            num_warps=8)  # fmt: skip
+        exponentials(reference=None, REPAIR=False)
+        reference = F.hardshrink(peaks.amax(0), REACH)  # (n,), 0 within reach
+        exponentials(reference=reference, REPAIR=True)
+
+        target = targets[chunk] - reference
+        others = sums.sum(0)
+        total = others + target.exp()
+        losses[chunk] = total.log() - target
         if with_grad:
-            product = torch.mm(p[:, :V], weight.to(dtype)) * scales[:, None]
-            dhidden.index_copy_(0, row, product.to(hidden.dtype))
+            scale = 1 / (N * total)
+            entry = -others.to(p_dtype)
+            p.scatter_(1, label[:, None], entry[:, None])
+            lost[chunk] = scale * (-others - entry)
+            # With `out`, autocast leaves the types as they are: exponentials are not for fp16.
+            product = torch.mm(p[:, :V], weight.to(p_dtype), out=new(n, D, dtype=p_dtype))
+            dhidden[chunk] = scale[:, None] * product
+            scaled = (F.pad(h, (0, COLUMNS), value=1.0) * scale[:, None]).to(p_dtype)
             weight_grad_kernel[(triton.cdiv(V, tall) * (D // wide_D),)](
                 tiled(p, [deep, tall]), tiled(scaled, [deep, wide_D]),
-                tiled(scaled, [deep, SLIVER]), tiled(dweight, [tall, wide_D]), dbias, n, V, D,
-                BLOCK_V=tall, BLOCK_D=wide_D, BLOCK_N=deep, **settings)
-    del buffer  # before dweight is copied
-    return losses.sum() / max(N, 1), dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+                tiled(scaled, [deep, COLUMNS]), tiled(dweight, [tall, wide_D]), dbias, n, V, D,
+                BLOCK_V=tall, BLOCK_D=wide_D, BLOCK_N=deep, FIRST=start == 0,
+                num_warps=8)  # fmt: skip
+
+    # All that refers to the chunk's memory must go before dweight is copied to its own type.
+    del p, buffer, exponentials
+    if with_grad:
+        # The label's entry is as large as all others together. Rounded to the 8 bits of bf16 it
+        # keeps its row from summing to 0, and while rows are alike, as when training begins, all
+        # err to one side. So what the rounding lost is added where the entry went.
+        dhidden.addcmul_(lost[:, None], label_rows)
+        dweight.index_put_((labels,), lost[:, None] * hidden, accumulate=True)
+        dbias.index_put_((labels,), lost, accumulate=True)
+    return losses.mean(), *(t.to(weight.dtype) for t in (dhidden, dweight, dbias))
+
+
+@masked_lm.register_fake
+def _(hidden, weight, bias, labels, with_grad):
+    gradients = [t.new_empty(t.shape if with_grad else 0) for t in (hidden, weight, bias)]
+    return weight.new_empty((), dtype=torch.float32), *gradients
