@@ -74,8 +74,9 @@ class Settings:
             raise ValueError(f"no optimizer {self.optimizer!r}: give adamw or muon")
         if self.width % self.heads or self.width % 16 or self.batch % 4:
             raise ValueError("give width in multiples of 16 and of heads, batch in multiples of 4")
-        if self.positions % SHORT_ROW or not 0.02 <= self.mask_share <= 1:
-            raise ValueError("give positions in multiples of 32, and a mask_share of 0.02 to 1")
+        multiple = SHORT_ROW if self.short_steps else 2
+        if self.positions % multiple or not 0.02 <= self.mask_share <= 1:
+            raise ValueError(f"give positions in multiples of {multiple}, mask_share of 0.02 to 1")
 
     @property
     def shift(self):  # T_trans adds it to a word's id; without T_trans the languages share ids.
@@ -192,9 +193,8 @@ class Layer(nn.Module):
     """A transformer block with its layer norms after the sums (Vaswani et al. 2017)."""
     def __init__(self, s):
         super().__init__()
+        self.settings = s
         D = s.width
-        self.heads = s.heads
-        self.dropout = s.dropout
         self.query, self.key, self.value = [nn.Linear(D, D) for _ in range(3)]
         self.attention_out = nn.Linear(D, D)
         self.attention_norm = nn.LayerNorm(D)
@@ -203,11 +203,11 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(D)
 
     def split_heads(self, x):  # (B, T, D) -> (B, heads, T, D / heads)
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(2, (self.settings.heads, -1)).transpose(1, 2)
 
     def forward(self, hidden, attention_mask=None):
         """hidden: (B, T, D); attention_mask: (B, 1, 1, T) bool, False where nobody is to look."""
-        p = self.dropout if self.training else 0.0
+        p = self.settings.dropout if self.training else 0.0
         query = self.split_heads(self.query(hidden))
         key = self.split_heads(self.key(hidden))
         value = self.split_heads(self.value(hidden))
@@ -270,7 +270,7 @@ def masked_lm_equation(hidden, E, bias, labels):
 
 def alignment_equation(E, pairs):
     """L_align = -1/|D| sum over (i, j) in D of cos(E_i, E_j). Source: the paper."""
-    original, derived = E[pairs[:, 0]], E[pairs[:, 1]]  # (K, D) each
+    original, derived = E[pairs.T]  # (K, D) each
     return -F.cosine_similarity(original, derived).mean()
 
 # ---------------------------------------------------------------------------------- measurement
@@ -388,7 +388,7 @@ def from_hf(folder, settings=None):
         shape["positions"] = config["max_position_embeddings"] - HF_UNUSED_POSITIONS
         objective = "mlm" if shape.pop("languages") == 1 else "xlm"
         model = MaskedLM(replace(settings or Settings(objective=objective), **shape))
-        theirs = {}
+        theirs, path = {}, Path(folder, "model.safetensors")
         for path in sorted(Path(folder).glob("model*.safetensors")):  # Large models have several.
             theirs |= safetensors.torch.load_file(path)
         state = {name: theirs[hf_name(name)] for name in model.state_dict()}
