@@ -4,903 +4,1099 @@ ALIGN-MLM (Tang et al. 2022, arXiv 2211.08547) asks what makes a model multiling
 languages whose every difference is known: the second is *derived* from the first.
 
     transliterate   another script: a bijection of the words
-    invert          the words in reverse; a final '.', '!' or '?' stays last
-    permute         the words of each sentence at random, seeded
-    syntax          the dependents of nouns and verbs in another language's order, learned
+    invert          the words in reverse; a mark that ends the sentence stays last
+    permute         the words of each sentence in a random order, seeded
+    syntax          the dependents of nouns and verbs in another language's order
 
-They compose (`transliterate+invert`), labels travel with their words, and each returns what its
-exact inverse needs. Before them come a built-in first language and readers for others.
+They compose (`transliterate+invert`), labels travel with their words, and `restore` is the exact
+way back. This file goes from the sentence to the built-in language, to pairs for inference made
+of it, to the transformations, to the readers of other people's files, to the command line.
 """
 
 import argparse
+import codecs
 import json
+import math
+import os
 import random
-import re
 import sys
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, chain, combinations, count, pairwise, permutations
+from itertools import chain, combinations, groupby, islice, permutations, product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import regex
 
 
 class InputError(ValueError):
-    """The user's input is at fault: one line that names the place and the mend."""
+    """The user's input is at fault. The message is one line that names the place and the mend."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Sentence:
-    """Words and their labels; a list of labels, where there is one, has one entry a word."""
+    """Words and their labels. A list of labels has one entry a word, and is None where absent."""
 
     words: list[str]
-    upos: list[str] | None = None  # tags of Universal Dependencies
-    heads: list[int] | None = None  # of each word its head's 1-based position; 0 for the root
+    upos: list[str] | None = None  # part-of-speech tags of Universal Dependencies
+    heads: list[int] | None = None  # the 1-based position of each word's head, 0 for the root
     deprels: list[str] | None = None  # relations of Universal Dependencies
     entities: list[str] | None = None  # BIO tags: `B-PER`, `I-PER`, `O`
-    spans: list[tuple[int, int]] = field(default_factory=list)  # answers: 0-based, half-open
 
 
 INFERENCES = ("entailment", "neutral", "contradiction")
 
 
-@dataclass(slots=True)
+@dataclass
 class Inference:
-    """Two sentences, and which of INFERENCES holds: the premise entails the hypothesis, or..."""
+    """Two sentences, and the one of INFERENCES that holds between them."""
 
     premise: Sentence
     hypothesis: Sentence
     label: str
 
 
-@dataclass(slots=True)
-class Question:
-    """A question and the text that it is asked of: the `spans` of its sentences are the answers."""
-
-    question: Sentence
-    context: list[Sentence]
-
-
 # ---------------------------------------------------------------------------------- the language
-# `a = b|c*2`: an `a` is one of these, `c` twice as likely. Any other line is a rule: a phrase, the
-# chance that it has a dependent (`*`: again and again), the place and relation of that, and what it
-# is. Rules apply from top to bottom; `a+x` is an `a` that follows the rules of `x` too. Places: `[`
-# first of the row so far, `]` last, `<` just before the top, `>` just after; of several, one at
-# random. `of/ADP` is that word with its tag.
-# A word's tag must need the word, as in natural text (where the tags of both neighbours tell half
-# of the tags, the word itself nine in ten): so words have several tags, and much may be left out or
-# stand elsewhere. Still order tells: reversed, the sentences look like no other.
-GRAMMAR = """
-sentence    = finite+aside+end*9|thing+noun+aside+end
-finite      = verb+subject+tense+adverbials*6|adjective+subject+being+adverbials
-relative    = verb+tense+adverbials+as-subject*3|act+subject+tense+adverbials+as-object*2
-verb        = affect*5|act*4|give*4|say*2
-agent       = person+noun*4|thing+noun*2|he*4|PER|institution
-object      = thing+noun*3|idea+noun*2|person+noun*2|place+noun|him*3|PER|ORG|amount
-setting     = place+noun*3|thing+noun*2|idea+noun|LOC*3|him*2
-affect      1     ]]]]][   obj           object
-give        .3    >        iobj          person+noun*2|him
-give        1     ]]]]][   obj           object
-say         .7    ]]]]][   ccomp         finite|finite+mark
-say         .3    ]        xcomp         give+to+adverbials|act+to+adverbials
-subject     .88   [[[[>]   nsubj         agent
-tense       .4    [<<<<<   aux           modal*4|have*3|be*3|do*3
-being       .85   [<<<<<   cop           be
-adverbials  .08   <<>      advmod        not/PART
-adverbials  .1    >]       compound:prt  particle
-adverbials  .24*  [<>]     advmod        free*4|manner+degree*4|fast
-adverbials  .3*   [<>]     obl           setting+case
-adverbials  .07   []       advcl         finite+mark
-adverbials  .12   ]        conj          finite+joined
-to          1     <        mark          to/PART
-mark        1     [        mark          subordinator
-as-subject  1     [        nsubj         who
-as-object   .6    [        obj           who
-noun        .06   <        compound      thing
-noun        .3*   [[]      amod          adjective+degree*5|participle
-noun        .06   [[]      nummod        number
-noun        .44   [        det           determiner
-noun        .07   [        nmod:poss     his*2|PER+genitive
-noun        .16   ]        nmod          setting+case
-noun        .07   ]        conj          object+joined
-noun        .1    ]        acl:relcl     relative
-degree      .15   [        advmod        degree-word
-adjective   .08   ]        conj          adjective+joined
-case        .9    [        case          adposition
-genitive    1     ]        case          's/PART
-amount      1     []       nummod        number
-joined      1     [        cc            conjunction
-joined      .2    [        punct         ,/PUNCT
-PER         .4    ]        flat          surname
-LOC         .3    [        compound      North/PROPN|Lake/PROPN|New/PROPN
-ORG         .6    ]        flat          Company/PROPN|Club/PROPN|Press/PROPN
-institution 1     ]        nmod          LOC+of
-of          1     [        case          of/ADP
-aside       .07   []       discourse     interjection
-aside       .04   ]        vocative      PER
-end         1     ]        punct         ./PUNCT*6|!/PUNCT|?/PUNCT
-"""
+# A phrase is drawn from options, such as "person noun*2 | he", where the first is drawn twice as
+# often. The first name of an option says what the top word of the phrase is, and every name brings
+# the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an option of
+# that is drawn in its turn.
+#
+# A word's tag must need the word, as in natural text, where the tags of both neighbours tell half
+# of the tags and the word itself tells nine in ten. So words have several tags, and much may be
+# left out or stand elsewhere. Still order tells: reversed, the sentences look like no other.
+PHRASES = {
+    "sentence": "finite aside end*9 | thing noun aside end",
+    "finite": "verb subject tense adverbials*6 | adjective subject being adverbials",
+    "relative": "verb tense adverbials as-subject*3 | act subject tense adverbials as-object*2",
+    "verb": "affect*5 | act*4 | give*4 | say*2",
+    "agent": "person noun*4 | thing noun*2 | he*4 | PER | institution",
+    "object": "thing noun*3 | idea noun*2 | person noun*2 | place noun | him*3 | PER | ORG"
+    " | amount",
+    "known": "person definite*2 | thing definite*2 | place definite",
+    "setting": "place noun*3 | thing noun*2 | idea noun | LOC*3 | him*2",
+}
 
-# Closed classes: tag, and words, frequent ones first; after `/` those for the plural. Open classes:
-# tag, how many words a topic has, the endings of their forms (a noun's numbers; a verb's -s, base,
-# -ed, -ing), and the class whose stems they share, if any. A sentence mostly keeps to the words of
-# a topic, and each head to its favourites in it: beyond its tag a word is known by its company.
-WORDS = """
-determiner    DET   the a this that every some no another each any / the all some these no those
-he            PRON  it he she this that someone one / they we you these all some many those
-him           PRON  it him her that this one nothing / them us you all these some those
-his           PRON  its his her one's / their our your
-who           PRON  that who which
-be            AUX   is was / are were
-have          AUX   has had / have had
-do            AUX   does did / do did
-modal         AUX   will can would must may could should might
-adposition    ADP   of in to with on for at from by about like over under after near before since
-particle      ADP   up out off down over in on around by past
-subordinator  SCONJ if because when after while since before as until like though so
-conjunction   CCONJ and or but yet nor so
-free          ADV   then now when so there still how never just once too before well soon around
-degree-word   ADV   very so too quite more almost rather just even
-interjection  INTJ  oh well no yes so please look right
-number        NUM   two 3 ten four 12 seven 5 one 40 six 1984 nine 100
-amount        SYM   % $ £
-institution   PROPN University Bank Museum
-person        NOUN  8  -,s
-thing         NOUN  10 -,s
-place         NOUN  6  -,s
-idea          NOUN  8  -,s
-act           VERB  7  s,-,ed,ing
-affect        VERB  5  s,-,ed,ing thing
-give          VERB  6  s,-,ed,ing
-say           VERB  4  s,-,ed,ing
-adjective     ADJ   12 -
-participle    ADJ   5  ed         affect
-manner        ADV   12 ly         adjective
-fast          ADV   5  -          adjective
-PER           PROPN 10 -
-LOC           PROPN 8  -
-ORG           PROPN 6  -
-surname       PROPN 8  -          LOC
-"""
+# What a name brings, a line a dependent, in the order in which they are drawn: the chance of it,
+# where it may stand, its relation (with a star if there may be several) and its options. Its place
+# is drawn from `[` first of the phrase so far, `<` just before the top word, `>` just after it, `]`
+# last.
+DEPENDENTS = {
+    "affect": "1 ]]]]][ obj object",
+    "give": """
+        0.3  >      iobj          person noun*2 | him
+        1    ]]]]][ obj           object""",
+    "say": """
+        0.7  ]]]]][ ccomp         finite | finite mark
+        0.3  ]      xcomp         give to adverbials | act to adverbials""",
+    "subject": "0.88 [[[[>] nsubj agent",
+    "tense": "0.4 [<<<<< aux modal*4 | have*3 | be*3 | do*3",
+    "being": "0.85 [<<<<< cop be",
+    "adverbials": """
+        0.08 <<>    advmod        not/PART
+        0.1  >]     compound:prt  particle
+        0.24 [<>]   advmod*       free*4 | manner degree*4 | fast
+        0.3  [<>]   obl*          setting case
+        0.07 []     advcl         finite mark
+        0.12 ]      conj          finite joined""",
+    "to": "1 < mark to/PART",
+    "mark": "1 [ mark subordinator",
+    "as-subject": "1 [ nsubj who",
+    "as-object": "0.6 [ obj who",
+    "noun": """
+        0.06 <      compound      thing
+        0.3  [[]    amod*         adjective degree*5 | participle
+        0.06 [[]    nummod        number
+        0.44 [      det           determiner
+        0.07 [      nmod:poss     his*2 | PER genitive
+        0.16 ]      nmod          setting case
+        0.07 ]      conj          object joined
+        0.1  ]      acl:relcl     relative""",
+    "degree": "0.15 [ advmod degree-word",
+    "adjective": "0.08 ] conj adjective joined",
+    "case": "0.9 [ case adposition",
+    "genitive": "1 ] case 's/PART",
+    "amount": "1 [] nummod number",
+    "joined": """
+        1    [      cc            conjunction
+        0.2  [      punct         ,/PUNCT""",
+    "PER": "0.4 ] flat surname",
+    "LOC": "0.3 [ compound North/PROPN | Lake/PROPN | New/PROPN",
+    "ORG": "0.6 ] flat Company/PROPN | Club/PROPN | Press/PROPN",
+    "institution": "1 ] nmod LOC of",
+    "of": "1 [ case of/ADP",
+    "aside": """
+        0.07 []     discourse     interjection
+        0.04 ]      vocative      PER""",
+    # For pairs of inference, where "no dog barks" or "it may bark" would make labels doubtful:
+    "claim": """
+        1    [      nsubj         known
+        0.4  <      aux           have | be | do
+        1    ]      obj           known
+        1    ]      punct         ./PUNCT""",
+    "definite": "0.5 [ det the/DET",
+    "end": "1 ] punct ./PUNCT*6 | !/PUNCT | ?/PUNCT",
+}
+
+# Closed classes: the tag and the words, frequent ones first; after the stroke those for a plural.
+CLOSED_CLASSES = {
+    "determiner": "DET: the a this that every some no another each any / the all some these no"
+    " those",
+    "he": "PRON: it he she this that someone one / they we you these all some many those",
+    "him": "PRON: it him her that this one nothing / them us you all these some those",
+    "his": "PRON: its his her one's / their our your",
+    "who": "PRON: that who which",
+    "be": "AUX: is was / are were",
+    "have": "AUX: has had / have had",
+    "do": "AUX: does did / do did",
+    "modal": "AUX: will can would must may could should might",
+    "adposition": "ADP: of in to with on for at from by about like over under after near before"
+    " since",
+    "particle": "ADP: up out off down over in on around by past",
+    "subordinator": "SCONJ: if because when after while since before as until like though so",
+    "conjunction": "CCONJ: and or but yet nor so",
+    "free": "ADV: then now when so there still how never just once too before well soon around",
+    "degree-word": "ADV: very so too quite more almost rather just even",
+    "interjection": "INTJ: oh well no yes so please look right",
+    "number": "NUM: two 3 ten four 12 seven 5 one 40 six 1984 nine 100",
+    "amount": "SYM: % $ £",
+    "institution": "PROPN: University Bank Museum",
+}
+
+# Open classes: the tag, how many words a topic has, and the endings of a word's forms, where `-` is
+# none: the two numbers of nouns; -s, base, -ed and -ing of verbs. A sentence mostly keeps to the
+# words of one topic, and each head to its favourites in it: words are known by their company too.
+OPEN_CLASSES = {
+    "person": "NOUN 8 - s",
+    "thing": "NOUN 10 - s",
+    "place": "NOUN 6 - s",
+    "idea": "NOUN 8 - s",
+    "act": "VERB 7 s - ed ing",
+    "affect": "VERB 5 s - ed ing",
+    "give": "VERB 6 s - ed ing",
+    "say": "VERB 4 s - ed ing",
+    "adjective": "ADJ 12 -",
+    "participle": "ADJ 5 ed",
+    "manner": "ADV 12 ly",
+    "fast": "ADV 5 -",
+    "PER": "PROPN 10 -",
+    "LOC": "PROPN 8 -",
+    "ORG": "PROPN 6 -",
+    "surname": "PROPN 8 -",
+}
 TOPICS = 24
-ENDING = {"modal": 1, "do": 1, "to/PART": 1, "have": 2, "be": 3}  # that a verb has beside these
-ENTITIES = {"PER": "PER", "LOC": "LOC", "ORG": "ORG", "institution": "ORG"}
+# Stems are made from a name, most often the class's own. Classes whose stems have the same name
+# share them: what one does with a hammer is to hammer, an adverb of manner is an adjective and -ly.
+STEMS = {
+    "affect": "thing",
+    "participle": "affect",
+    "manner": "adjective",
+    "fast": "adjective",
+    "surname": "LOC",
+}
+SYLLABLES = [
+    "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
+    "a e i o u a e i o u ai ea ee oo ou",
+    "b ct d ft ld lk ll lm lp lt m mp n nd ng rb rd rk rl rm rn rp sk sp st",
+    "ant el en er et il in om or ow",
+]
+
+# Which of its four forms a verb has beside these words: will look, is looking.
+VERB_FORMS = {"modal": 1, "do": 1, "to/PART": 1, "have": 2, "be": 3}
+PAST = 2
+BY_NUMBER = -1  # she looks, they look; a look, two looks
+ENTITY_TYPES = {"PER": "PER", "LOC": "LOC", "ORG": "ORG", "institution": "ORG"}
+# Phrases within phrases: the deeper, the rarer, so that sentences end.
 RECURSIVE = {"conj", "ccomp", "xcomp", "advcl", "acl:relcl", "nmod"}
 
 
-@cache
-def _language() -> tuple[dict, dict, dict]:
-    """The phrases that are others; the rules of each phrase; the classes of words."""
-    phrases, rules, classes = {}, {}, {}
-    for name, first, *rule, text in map(str.split, GRAMMAR.splitlines()[1:]):
-        weighted = [option.partition("*") for option in text.split("|")]
-        options = [way.split("+") for way, _, times in weighted for _ in range(int(times or 1))]
-        if first == "=":
-            phrases[name] = options
-        else:
-            rule = float(first.strip("*")), "*" in first, *rule, options
-            rules.setdefault(name, []).append(rule)
-    for name, tag, *rest in map(str.split, WORDS.splitlines()[1:]):
-        if rest[0].isdecimal():
-            classes[name] = tag, int(rest[0]), rest[1].split(","), (rest[2:] or [name])[0]
-        else:
-            numbers = [words.split() for words in " ".join(rest).split(" / ")]
-            classes[name] = tag, 0, numbers[0], numbers[-1]
-    return phrases, rules, classes
+@dataclass(eq=False)
+class Node:
+    """A word of a sentence in the making."""
+
+    name: str  # of its class; or the word itself and its tag, "of/ADP"
+    deprel: str
+    head: "Node"
+    topic: int
+    plural: bool = False
+    depth: int = 0  # of recursive phrases
+    upos: str = ""
+    rank: int = 0  # in its class and topic; 0 is the most frequent
+    company: int = 0  # what its dependents' ranks begin with, so that it has favourites
+    forms: tuple = ()
+    form: int = 0
+    entity: str = "O"
 
 
 @cache
-def _word(leaf: str, topic: int, rank: int) -> tuple[list[str], int]:
-    """The forms of a word of an open class, and a number that decides its company."""
-    tag, _, endings, source = _language()[2][leaf]
-    rng = random.Random(f"{source} {topic} {rank}")  # nothing else: no text's seed
-    parts = (
-        "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
-        "a e i o u a e i o u ai ea ee oo ou",
-        "b ct d ft ld lk ll lm lp lt m mp n nd ng rb rd rk rl rm rn rp sk sp st",
-        "ant el en er et il in om or ow",
-    )
-    stem = "".join(rng.choice(part.split()) for part in parts[: 3 + (rank > 0)])
-    stem = stem.capitalize() if tag == "PROPN" else stem
+def parse_options(text):
+    """A list of options, each as often as its weight says and split in its names."""
+    options = []
+    for option in text.split(" | "):
+        names, _, weight = option.partition("*")
+        options += [names.split()] * int(weight or 1)
+    return options
+
+
+@cache
+def open_word(name, topic, rank):
+    """The forms of a word of an open class, and its company. They depend on nothing else."""
+    tag, _, *endings = OPEN_CLASSES[name].split()
+    rng = random.Random(f"{STEMS.get(name, name)} {topic} {rank}")
+    # The most frequent word of a topic has one syllable, and the others have two.
+    parts = SYLLABLES[:3] if rank == 0 else SYLLABLES
+    stem = "".join(rng.choice(part.split()) for part in parts)
+    if tag == "PROPN":
+        stem = stem.capitalize()
     return [stem + ending.strip("-") for ending in endings], rng.randrange(1000)
 
 
-class Node(SimpleNamespace):
-    """A word of a phrase in the making, and what is known of it."""
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # each is itself
+def zipf(rng, size):
+    return int((size + 1) ** rng.random()) - 1
 
 
-ABOVE = Node(position=0, upos="", number=0, depth=0)  # the root's head
+def rename(node, rank, topic):
+    """Makes a node that word of its open class."""
+    node.rank, node.topic = rank, topic
+    node.forms, node.company = open_word(node.name, topic, rank)
+    return node
 
 
-def _top(random, topic: int, leaf: str, deprel: str, head: Node) -> Node:
-    """The word at the top of a phrase. Its form is chosen when its dependents are known."""
-    plural = random() < 0.35 and deprel != "compound"
-    if leaf == "who" or deprel in ("det", "aux", "cop", "acl:relcl"):
-        plural = head.plural  # agreement
-    word, _, upos = leaf.partition("/")
-    forms, number, rank = [word], 0, 0
-    if not upos:
-        upos, size, *lists = _language()[2][leaf]
-        rank = int(((size or len(lists[plural])) + 1) ** random()) - 1  # Zipf: about 1 / (rank + 1)
-        if size:
-            rank += head.number if random() < 0.6 else 0  # the head's favourites come first
-            topic = topic if random() < 0.85 else int(random() * TOPICS)
-            rank %= size
-            forms, number = _word(leaf, topic, rank)
-        else:
-            forms = [lists[plural][rank]]
-    if leaf in ENDING and head.upos == "VERB":
-        head.form = ENDING[leaf]
-    form = {"NOUN": None, "VERB": None if random() < 0.55 else 2}.get(upos, 0)  # None: by number
-    return Node(forms=forms, form=form, upos=upos, deprel=deprel, head=head, number=number,
-                plural=plural and upos != "PROPN", depth=head.depth + (deprel in RECURSIVE),
-                entity="O", leaf=leaf, topic=topic, rank=rank)  # fmt: skip
+def make_word(rng, topic, name, deprel, head):
+    """The word at the top of a phrase. Ranks follow Zipf's law."""
+    word, _, upos = name.partition("/")
+    node = Node(name, deprel, head, topic, upos=upos, forms=[word])
+    node.depth = head.depth + (deprel in RECURSIVE)
+    node.plural = rng.random() < 0.35 and deprel != "compound"
+    # These agree with their heads: they were, these dogs, dogs that were.
+    if name == "who" or deprel in ("det", "aux", "cop", "acl:relcl"):
+        node.plural = head.plural
+    if name in CLOSED_CLASSES:
+        node.upos, _, words = CLOSED_CLASSES[name].partition(": ")
+        words = words.split(" / ")[-1 if node.plural else 0].split()
+        node.forms = [words[zipf(rng, len(words))]]
+    if name in OPEN_CLASSES:
+        node.upos, size, *_ = OPEN_CLASSES[name].split()
+        rank = zipf(rng, int(size))
+        if rng.random() < 0.6:
+            rank += head.company
+        if rng.random() >= 0.85:
+            node.topic = int(rng.random() * TOPICS)
+        rename(node, rank % int(size), node.topic)
+    if node.upos == "PROPN":
+        node.plural = False
+    if name in VERB_FORMS and head.upos == "VERB":
+        head.form = VERB_FORMS[name]
+    past = rng.random() >= 0.55
+    if node.upos in ("NOUN", "VERB"):
+        node.form = PAST if past and node.upos == "VERB" else BY_NUMBER
+    return node
 
 
-def _phrase(random, topic: int, options: list, deprel: str, head: Node) -> list[Node]:
-    """The Nodes of a random phrase. Phrases stand side by side, so that trees are projective."""
-    phrases, rules, _ = _language()
-    applied = []
-    while options:
-        leaf, *more = options[int(random() * len(options))]
-        applied = [*chain(*(rules.get(name, ()) for name in (leaf, *more))), *applied]
-        options = phrases.get(leaf)
-    top = _top(random, topic, leaf, deprel, head)
-    row, at = [[top]], 0
-    for chance, repeated, places, relation, dependent in applied:
-        if relation in RECURSIVE:
-            chance *= 0.6**top.depth  # the deeper the rarer, so that sentences end
-        while random() < chance:
-            words = _phrase(random, topic, dependent, relation, top)
-            to = {"[": 0, "<": at, ">": at + 1, "]": len(row)}[places[int(random() * len(places))]]
-            row.insert(to, words)
-            at += to <= at
-            if not repeated:
+def make_phrase(rng, topic, options, deprel, head):
+    """The words of a random phrase. Phrases stand side by side, so the trees are projective."""
+    name, rules = "", []
+    while not name or name in PHRASES:
+        names = rng.choices(parse_options(PHRASES.get(name, options)))[0]
+        new = [rule for part in names for rule in DEPENDENTS.get(part, "").splitlines()]
+        rules = new + rules
+        name = names[0]
+    top = make_word(rng, topic, name, deprel, head)
+    before, after = [], []
+    for rule in filter(None, rules):
+        chance, places, relation, dependent = rule.split(maxsplit=3)
+        chance, starless = float(chance), relation.strip("*")
+        if starless in RECURSIVE:
+            chance *= 0.6**top.depth
+        while rng.random() < chance:
+            phrase = make_phrase(rng, topic, dependent, starless, top)
+            place = rng.choices(places)[0]
+            side = before if place in "[<" else after
+            at = 0 if place in "[>" else len(side)
+            side[at:at] = phrase
+            if relation == starless:
                 break
+    # Only now is it known whether a subject is plural and which form the top has.
     if deprel in ("nsubj", "nummod"):
         head.plural = top.plural or deprel == "nummod"
-    if top.form is None:  # she looks, they look; a look, two looks
+    if top.form == BY_NUMBER:
         top.form = int(top.plural)
-    nodes = list(chain(*row))
-    if leaf in ENTITIES:  # an outer name overrules those inside it
-        name = [n for n in nodes if n.head is not top or n.deprel not in ("case", "cc", "punct")]
-        for node in name:
-            node.entity = ("B-" if node is name[0] else "I-") + ENTITIES[leaf]
+    nodes = [*before, top, *after]
+    if name in ENTITY_TYPES:
+        mark_entity(nodes, top)
     return nodes
 
 
-def _sentence(nodes: list[Node]) -> Sentence:
-    for position, node in enumerate(nodes, start=1):
-        node.position = position
-    rows = [(n.forms[n.form], n.upos, n.head.position, n.deprel, n.entity) for n in nodes]
-    return Sentence(*map(list, zip(*rows, strict=True)))
+def mark_entity(nodes, top):
+    """Marks the phrase of a name as one entity. An outer name overrules those inside it."""
+    prefix = "B-"
+    for node in nodes:
+        # What joins the name to the rest of the sentence is no part of it: "near Paris".
+        if node.head is not top or node.deprel not in ("case", "cc", "punct"):
+            node.entity = prefix + ENTITY_TYPES[top.name]
+            prefix = "I-"
 
 
-def generate(n: int, seed: int = 0) -> Iterator[Sentence]:
+def make_clause(rng, options):
+    """The words of a sentence. Some topics are more frequent than others."""
+    topic = int(TOPICS * rng.random() ** 2)
+    return make_phrase(rng, topic, options, "root", Node("", "", None, topic))
+
+
+def make_sentence(nodes):
+    place = {node: number for number, node in enumerate(nodes, start=1)}
+    rows = [(n.forms[n.form], n.upos, place.get(n.head, 0), n.deprel, n.entity) for n in nodes]
+    return Sentence(*np.array(rows, object).T.tolist())
+
+
+def generate(n, seed=0):
     """`n` random sentences of the built-in language: words, tags, trees, entities.
 
     The same (n, seed) gives the same in any process; another seed, others of the same language.
     """
-    uniform = random.Random(seed).random
+    rng = random.Random(seed)
     for _ in range(n):
-        topic = int(TOPICS * uniform() ** 2)  # some are more frequent than others
-        yield _sentence(_phrase(uniform, topic, _language()[0]["sentence"], "root", ABOVE))
+        yield make_sentence(make_clause(rng, PHRASES["sentence"]))
 
 
-# ---------------------------------------------------------------------- inferences and questions
-# Premise and hypothesis tell of the same things and of one event. What a noun's modifiers say is a
-# fact of its own, out of the reach of `not`: so only nouns are made more or less precise, and what
-# that does to the label is the same with a `not` and without. Rank 0 of the nouns of a class and
-# topic is the general word for the others; adjectives of ranks 2k and 2k + 1 are opposites. Where
-# scope would matter no sentence is taken: several clauses, quantifiers, "may" (it may, it may not).
-CLAUSE = [[verb, "subject", "tense", "adverbials", "end"] for verb in ("affect", "give")]
-WIDE = "no not never every each all any some someone many another one one's nothing may might could"
-MODIFIERS = [("amod", ["adjective"]), ("amod", ["participle"]), ("nmod", ["setting", "case"])]
+# ----------------------------------------------------------------------- pairs for inference (NLI)
+# An edit makes a hypothesis of a premise, in place, and returns the word that must stay as it is.
 
 
-def _plain(nodes: list[Node]) -> bool:
-    words, clauses = {node.forms[node.form] for node in nodes}, RECURSIVE - {"nmod"}
-    return words.isdisjoint(WIDE.split()) and clauses.isdisjoint(n.deprel for n in nodes)
+def choose(rng, nodes, upos, kept=None):
+    return rng.choice([node for node in nodes if node.upos == upos and node is not kept])
 
 
-def _topics(nodes: list[Node]) -> list[tuple]:
-    """What is spoken of: phrases that share none of it neither imply nor exclude each other."""
-    spoken = [n for n in nodes if n.upos in ("NOUN", "PROPN", "PRON", "NUM", "SYM", "ADJ")]
-    return [(n.leaf, n.topic, n.upos == "ADJ" and n.rank // 2) for n in spoken]
+def omit(rng, nodes, kept=None):
+    """Entailment: "the red dog" becomes "the dog"."""
+    nodes.remove(choose(rng, nodes, "ADJ", kept))
 
 
-def _below(nodes: list[Node], top: Node) -> list[Node]:
-    """The phrase of `top`: one piece, as trees are projective."""
-    phrase = [top]
-    for head in phrase:  # it grows meanwhile
-        phrase += [node for node in nodes if node.head is head]
-    return [node for node in nodes if node in phrase]
+def generalize(rng, nodes):
+    """Entailment: "the dog" becomes "the animal", the most frequent noun of class and topic."""
+    noun = choose(rng, nodes, "NOUN")
+    return rename(noun, 0, noun.topic)
 
 
-def _rename(node: Node, rank: int) -> None:
-    node.rank, (node.forms, node.number) = rank, _word(node.leaf, node.topic, rank)
+def exchange(rng, nodes):
+    """Neutral: "the dog" becomes "the vehicle", as frequent a noun of another topic."""
+    noun = choose(rng, nodes, "NOUN")
+    return rename(noun, 0, (noun.topic + rng.randrange(1, TOPICS)) % TOPICS)
 
 
-def _toggle(rng, nodes: list[Node], negation: Node) -> None:
-    if negation in nodes:
-        nodes.remove(negation)
-    else:
-        nodes.insert(nodes.index(negation.head) + (rng.random() < 1 / 3), negation)  # as in GRAMMAR
+def describe(rng, nodes):
+    """Neutral: "the dog" becomes "the red dog", with an adjective that tells something new."""
+    noun = choose(rng, nodes, "NOUN")
+    adjective = make_word(rng, noun.topic, "adjective", "amod", noun)
+    told = [(node.upos, node.topic, node.rank // 2) for node in nodes]
+    if ("ADJ", adjective.topic, adjective.rank // 2) in told:
+        return describe(rng, nodes)
+    nodes.insert(nodes.index(noun), adjective)
+    return adjective
 
 
-def _swap(nodes: list[Node], subject: Node, target: Node) -> None:
-    one, other = _below(nodes, subject), _below(nodes, target)
-    start, end = nodes.index(one[0]), nodes.index(other[-1]) + 1
-    nodes[start:end] = [*other, *nodes[start + len(one) : end - len(other)], *one]
-    subject.deprel, target.deprel = target.deprel, subject.deprel
+def oppose(rng, nodes):
+    """Contradiction: "the red dog" becomes "the pale dog". Ranks 2k and 2k + 1 are opposites."""
+    adjective = choose(rng, nodes, "ADJ")
+    return rename(adjective, adjective.rank ^ 1, adjective.topic)
 
 
-def _move(rng, nodes: list[Node], modifier: list[Node], noun: Node | None = None) -> None:
-    """Takes a modifier away; to the noun, if there is one."""
-    nodes[:] = [node for node in nodes if node not in modifier]
-    if noun:
-        top = next(node for node in modifier if node.head not in modifier)
-        at = nodes.index(noun) + (top.deprel == "nmod" or rng.random() < 1 / 3)  # as in GRAMMAR
-        top.head, nodes[at:at] = noun, modifier
+def negate(rng, nodes):
+    """Contradiction: "she looks" becomes "she not looks", or the other way round."""
+    verb = choose(rng, nodes, "VERB")
+    others = [node for node in nodes if node.upos != "PART"]
+    if len(others) == len(nodes):
+        others.insert(nodes.index(verb), make_word(rng, 0, "not/PART", "advmod", verb))
+    nodes[:] = others
 
 
-def _add(rng, nodes: list[Node], nouns: list[Node], spoken: list[tuple], room: int) -> None:
-    """Adds a modifier of at most `room` words that speaks of something new; or draws in vain."""
-    noun, (deprel, what) = rng.choice(nouns), rng.choice(MODIFIERS)
-    modifier = _phrase(rng.random, noun.topic, [what], deprel, noun)
-    if len(modifier) <= room and _plain(modifier) and {*spoken}.isdisjoint(_topics(modifier)):
-        _move(rng, nodes, modifier, noun)
-        spoken += _topics(modifier)
+EDITS = {
+    "entailment": [generalize, generalize, omit],
+    "neutral": [exchange, describe],
+    "contradiction": [negate, negate, oppose],
+}
 
 
-def generate_inferences(n: int, seed: int = 0) -> Iterator[Inference]:
-    """`n` random pairs of sentences of the built-in language, as many of each of INFERENCES.
+def generate_inferences(n, seed=0):
+    """`n` random pairs of short sentences of the built-in language, labels in equal shares.
 
-    The hypothesis comes first and knows nothing of the label. The premise is made of it by an edit
-    that decides the label, and by others that do not: it becomes more precise, to a length that
-    knows nothing of the label either.
+    As in natural corpora, words carry much of the evidence: a "not" in the hypothesis speaks for
+    contradiction, a general noun for entailment or neutral, an adjective that the premise lacks
+    for neutral or contradiction. The rest is comparison: is the general noun of a topic of the
+    premise, is an adjective the opposite of one there, has a "not" gone? Every hypothesis leaves
+    some adjectives out, so that its length tells nothing. The nouns are definite: what is said of
+    them holds with a "not" beside the verb and without.
     """
-    rng, labels = random.Random(f"inference {seed}"), []
-    while n > 0:
-        nodes = _phrase(rng.random, int(TOPICS * rng.random() ** 2), CLAUSE, "root", ABOVE)
-        verb = next(node for node in nodes if node.head is ABOVE)
-        nouns, spoken = [n for n in nodes if n.head is verb and n.upos == "NOUN"], _topics(nodes)
-        if len(nouns) < 2 or nodes[-1].forms == ["?"] or not _plain(nodes):
-            continue
-        _add(rng, nodes, nouns, spoken, room=2)
-        general, *specific = rng.sample(nouns, len(nouns))
-        _rename(general, 0)
-        for noun in specific:
-            _rename(noun, noun.rank or 1)
-        (negation,) = _phrase(rng.random, 0, [["not/PART"]], "advmod", verb)
-        if rng.random() < 0.5:  # as many with it as without
-            _toggle(rng, nodes, negation)
-        tops = [n for n in nodes if n.head in nouns and n.deprel in ("amod", "nmod")]
-        told = _topics(nouns + tops)  # of nothing twice: no "red white X", no "animal and dog"
-        if not tops or len({*told}) < len(told) or len(nodes) > 12:
-            continue
-        top, heads = rng.choice(tops), {node.head for node in nodes}
-        modifier, others = _below(nodes, top), [noun for noun in nouns if noun is not top.head]
-        core = [n for n in nodes if n is verb or (n in nouns and n.deprel in ("nsubj", "obj"))]
-        ways = {
-            "entailment": [(_add, rng, nodes, nouns, spoken, 1)],
-            "neutral": [(_rename, rng.choice(specific), 0)]
-            + [(_move, rng, nodes, modifier, noun) for noun in (None, rng.choice(others))],
-            "contradiction": [(_toggle, rng, nodes, negation)]
-            + [(_rename, top, top.rank ^ 1)] * (top.leaf == "adjective" and top not in heads),
-        }
-        told = [n.deprel for n in core] == ["nsubj", "root", "obj"]  # by order: who did it to whom
-        if told and core[0].plural == core[2].plural and negation not in nodes:
-            ways["contradiction"].append((_swap, nodes, core[0], core[2]))
-        hypothesis = _sentence(nodes)
+    rng = random.Random(f"inference {seed}")
+    labels = []
+    for _ in range(n):
+        nodes = make_clause(rng, "act claim")
+        for _ in range(3):
+            describe(rng, nodes)
+        if rng.random() < 0.2:
+            negate(rng, nodes)
+        premise = make_sentence(nodes)
+        size = len(nodes) - rng.choice([1, 2])
         labels = labels or rng.sample(INFERENCES, 3)
         label = labels.pop()
-        way, *arguments = rng.choice(ways[label])
-        way(*arguments)
-        if rng.random() < 0.5:
-            _rename(general, rng.randrange(1, _language()[2][general.leaf][1]))
-        spoken += _topics(nodes)
-        size = len(hypothesis.words) + rng.randint(1, 3)
-        while len(nodes) < size:
-            _add(rng, nodes, nouns, spoken, size - len(nodes))
-        yield Inference(_sentence(nodes), hypothesis, label)
-        n -= 1
-
-
-def generate_questions(n: int, seed: int = 0) -> Iterator[Question]:
-    """`n` random questions of the built-in language, each of three sentences on one topic: one of
-    them with a phrase of its verb replaced by "who" or "which". No other sentence has that verb."""
-    rng, sentence = random.Random(f"question {seed}"), _language()[0]["sentence"]
-    while n > 0:
-        topic = int(TOPICS * rng.random() ** 2)
-        rows = [_phrase(rng.random, topic, sentence, "root", ABOVE) for _ in range(3)]
-        nodes = rng.choice(rows)
-        others = {node.forms[node.form] for row in rows if row is not nodes for node in row}
-        verb = next(node for node in nodes if node.head is ABOVE)
-        tops = [n for n in nodes if n.head is verb and n.deprel in ("nsubj", "obj", "obl")]
-        top = rng.choice([n for n in tops if n.upos in ("NOUN", "PROPN")] or [verb])
-        answer = _below(nodes, top)
-        told = verb.upos == "VERB" and nodes[-1].forms != ["?"] and others.isdisjoint(verb.forms)
-        if top is verb or not told or len(answer) > 5 or sum(map(len, rows)) > 40:
-            continue
-        context, start = [*map(_sentence, rows)], nodes.index(answer[0])
-        context[rows.index(nodes)].spans = [(start, start + len(answer))]
-        top.forms = ["who" if top.leaf in ("person", "PER") else "which"]
-        top.form, top.upos, top.entity = 0, "PRON", "O"
-        nodes[-1].forms = ["?"]
-        kept = [node for node in nodes if node is top or node not in answer]
-        yield Question(_sentence(kept), context)
-        n -= 1
-
-
-# ----------------------------------------------------------------------------------- the readers
-# A file is read in pieces: a sentence, and the text before, between and after what is read of it.
-WORD = re.compile(r"((?:Mr|Mrs|Ms|Dr|St)\.|\w+(?:['\u2019-]\w+|[.,]\d+)*|\.{2,}|-{2,}|[^\w\s])")
-SENTENCE = re.compile(  # up to a '.', '!' or '?', white space and no lower case; or to a line's end
-    r".+?(?<!\bMr|\bMs|\bDr|\bSt)(?<!\bMrs)[.!?]++[\"'\u201d\u2019)»]*+\s++(?![a-z])|.*\n|.+"
-)
-BIO_TAG = re.compile(r"O|[BI]-\S+")
-
-
-def _blocks(path, comment="\n") -> Iterator[list[tuple[str, str]]]:
-    """A UTF-8 file, read bit by bit, in blocks: (place, line with its end). A block ends with a
-    blank line; in plain text, which has no comments, also where the next line is not indented."""
-    block, empty = [], True
-    try:
-        with open(path, "rb") as file:  # in bytes: str.splitlines would split at U+2028 too
-            for number, data in enumerate(file, start=1):
-                line = data.decode("utf-8")
-                flush = comment == "\n" and not line[0].isspace()
-                if block and (flush or not block[-1][1].strip()):
-                    yield block
-                    block = []
-                block.append((f"{path}:{number}", line))
-                empty = empty and (line.startswith(comment) or not line.strip())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
-    except UnicodeDecodeError:
-        message = f"{path}:{number}: bytes that are not UTF-8; convert the file"
-        raise InputError(message) from None
-    if empty:
-        raise InputError(f"{path}: empty; give a file with at least one sentence")
-    yield block
-
-
-def _text_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
-    for block in _blocks(path):
-        for text in SENTENCE.findall("".join(line for _, line in block)):
-            parts = WORD.split(text)
-            yield parts[::2], Sentence(parts[1::2])
-
-
-def read_text(path) -> Iterator[Sentence]:
-    """The sentences of a plain text: words only, punctuation split off. Raises InputError."""
-    return (sentence for _, sentence in _text_pieces(path) if sentence.words)
-
-
-def _conllu_pieces(path) -> Iterator[tuple[list[str], Sentence]]:
-    for block in _blocks(path, comment="#"):
-        words, rest = {}, [""]
-        for place, line in block:
-            columns = line.split("\t")
-            is_word = line.strip() and line[0] != "#"
-            if is_word and len(columns) != 10:
-                raise InputError(f"{place}: {len(columns)} columns; CoNLL-U has 10, split by tabs")
-            if not is_word or re.fullmatch(r"\d+[-.]\d+", columns[0]):
-                rest[-1] += line  # a comment; or a multi-word token or an empty node: no words
-                continue
-            number, form, lemma, upos, xpos, feats, head, deprel, deps, misc = columns
-            if number != str(len(words) + 1):
-                raise InputError(f"{place}: word {number!r}; number the words 1, 2, 3...")
-            words[place] = form, upos, head, deprel
-            rest[-1] += f"{number}\t"
-            rest += [f"\t{lemma}\t", f"\t{xpos}\t{feats}\t", "\t", f"\t{deps}\t{misc}"]
-        numbers = {str(number): number for number in range(len(words) + 1)}
-        for place, (_, _, head, _) in words.items():
-            if head not in numbers:
-                raise InputError(f"{place}: head {head!r}; give 0 or a word of the sentence")
-        forms, upos, heads, deprels = ([word[i] for word in words.values()] for i in range(4))
-        heads = [numbers[head] for head in heads]
-        lost = sorted({*range(len(heads))}.difference(_tree(heads)[1]))
-        if lost or heads.count(0) > 1:
-            place = [*words][lost[0] if lost else 0]
-            raise InputError(f"{place}: no tree; let all heads lead to one word, whose head is 0")
-        yield rest, Sentence(forms, upos, heads, deprels)
-
-
-def read_conllu(path) -> Iterator[Sentence]:
-    """The sentences of a treebank in CoNLL-U: words, UPOS, heads, relations; multi-word tokens and
-    empty nodes are no words (https://universaldependencies.org/format.html). Raises InputError."""
-    return (sentence for _, sentence in _conllu_pieces(path) if sentence.words)
-
-
-def read_bio(path) -> Iterator[Sentence]:
-    """The sentences of a file with a word and its entity tag a line: `index word tag ...`, as in
-    Universal NER, or `word ... tag`, as in CoNLL-2003. An `I-` that continues nothing (IOB1)
-    becomes `B-`. Raises InputError."""
-    for block in _blocks(path, comment="#"):
-        words, tags = [], []
-        for place, line in block:
-            columns = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
-            comment = line.startswith("# ") and (" = " in line or len(columns) < 3)
-            if not line.strip() or comment or columns[0] == "-DOCSTART-":
-                continue
-            indexed = "\t" in line and columns[0] == str(len(words) + 1) and len(columns) > 2
-            word, tag = columns[1:3] if indexed else (columns[0], columns[-1])
-            if len(columns) < 2 or not BIO_TAG.fullmatch(tag):
-                raise InputError(f"{place}: tag {tag!r}; give a word and O, B-TYPE or I-TYPE")
-            words.append(word)
-            tags.append(tag)
-        if words:
-            yield Sentence(words, entities=_move_entities(tags, range(len(tags))))
-
-
-MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
-# A pair's columns in MNLI and XNLI; in XNLI's training data, which was translated by machine.
-PAIRS = ("sentence1", "sentence2", "gold_label"), ("premise", "hypo", "label")
-
-
-def _json(text: str):
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    return value
-
-
-def read_inferences(path) -> Iterator[Inference]:
-    """The English pairs of a file of MNLI or XNLI: tab-separated with a header, quotes being text,
-    or a JSON object a line. Those without a gold label (`-`) are left out. Raises InputError."""
-    header, some = None, False
-    for place, line in chain.from_iterable(_blocks(path)):
-        cells = line.rstrip("\r\n").split("\t")
-        if not line.strip():
-            continue
-        if header is None:
-            header = [] if line[0] == "{" else cells
-        if header and len(cells) != len(header):
-            raise InputError(f"{place}: {len(cells)} columns; the header has {len(header)}")
-        try:
-            row = dict(zip(header, cells, strict=True)) if header else _json(line)
-            names = PAIRS[0] if "sentence1" in row else PAIRS[1]
-            premise, hypothesis = (Sentence(WORD.findall(row[name])) for name in names[:2])
-            label, language = row[names[2]], row.get("language", "en")
-        except MALFORMED:
-            message = f"{place}: no {', '.join(PAIRS[0])}; give MNLI or XNLI as published"
-            raise InputError(message) from None
-        if cells == header or label == "-" or language != "en":
-            continue
-        label = "contradiction" if label == "contradictory" else label
-        if label not in INFERENCES:
-            raise InputError(f"{place}: label {label!r}; give {', '.join(INFERENCES)} or -")
-        if not (premise.words and hypothesis.words):
-            raise InputError(f"{place}: a sentence without words; mend or remove the line")
-        yield Inference(premise, hypothesis, label)
-        some = True
-    if not some:
-        raise InputError(f"{path}: empty; give a file with at least one labelled pair in English")
-
-
-def read_questions(path) -> Iterator[Question]:
-    """The questions of a file of SQuAD or XQuAD that have an answer: all words that it touches; no
-    sentence of the context ends within it. Raises InputError."""
-    text, last = "".join(line for _, line in chain.from_iterable(_blocks(path))), None
-    try:
-        for paragraph in chain(*(article["paragraphs"] for article in _json(text)["data"])):
-            context = paragraph["context"]
-            words, places = WORD.findall(context), [m.span() for m in WORD.finditer(context)]
-            starts, ends = [start for start, _ in places], [end for _, end in places]
-            cuts = {bisect_left(starts, match.end()) for match in SENTENCE.finditer(context)}
-            for asked in paragraph["qas"]:
-                last, question, spans = asked["id"], WORD.findall(asked["question"]), {}
-                if asked.get("is_impossible") is True:
-                    continue
-                for at, answer in ((a["answer_start"], a["text"]) for a in asked["answers"]):
-                    if at < 0 or not answer.strip() or not context.startswith(answer, at):
-                        raise InputError(f"{path}: question {last!r}: {answer!r} is not at {at} of "
-                                         "its context; give the file as published")  # fmt: skip
-                    spans[bisect_right(ends, at), bisect_left(starts, at + len(answer))] = None
-                if not (question and spans):
-                    raise InputError(f"{path}: question {last!r}: no words or no answer; remove it")
-                inside = {cut for cut in cuts for start, end in spans if start < cut < end}
-                yield Question(Sentence(question), [
-                    Sentence(words[a:b], spans=[(i - a, j - a) for i, j in spans if a <= i < b])
-                    for a, b in pairwise(sorted({0, len(words), *cuts} - inside))
-                ])  # fmt: skip
-    except MALFORMED as error:
-        message = f"{path}: no SQuAD, after question {last!r}; give the file as published"
-        raise error if isinstance(error, InputError) else InputError(message) from None
-    if last is None:
-        raise InputError(f"{path}: empty; give a file with at least one question")
+        changed = rng.choice(EDITS[label])(rng, nodes)
+        while len(nodes) > size:
+            omit(rng, nodes, changed)
+        yield Inference(premise, make_sentence(nodes), label)
 
 
 # --------------------------------------------------------------------------- the transformations
-TRANSFORMS = ("transliterate", "invert", "permute", "syntax")
+@dataclass
+class Context:
+    """What a transformation may depend on beside the sentence."""
+
+    seed: int
+    index: int  # the sentence's number in its text
+    order: dict[str, int]  # an order model of learn_order
 
 
-def parse_transform(text: str) -> tuple[str, ...]:
-    """The names in `transliterate+invert`, in their order. Raises InputError for an unknown one."""
-    names = tuple(text.split("+"))
-    if unknown := set(names).difference(TRANSFORMS):
-        raise InputError(f"no transformation {min(unknown)!r}; there are {', '.join(TRANSFORMS)}")
-    return names
+@dataclass
+class Respelling:
+    """Changes each word by itself; `restore` is the inverse of `spell`."""
+
+    spell: Callable
+    restore: Callable
+
+    def apply(self, sentence, context):
+        return replace(sentence, words=[self.spell(word) for word in sentence.words]), ()
+
+    def undo(self, sentence, step):
+        return replace(sentence, words=[self.restore(word) for word in sentence.words])
 
 
-def transliterate_word(word: str, back: bool = False) -> str:
-    """The word in Braille, a pattern U+2800 to U+28FF for each byte of its UTF-8: a bijection.
-    With `back`, the word of such Braille. Raises InputError if there is none."""
-    if not back:
-        return "".join([chr(0x2800 + byte) for byte in word.encode("utf-8", "surrogatepass")])
+@dataclass
+class Reordering:
+    """Changes the order; `order_of` lists the old places of the words, 0-based, in the new order.
+    The way back needs these and, as an entity may come apart, the entity tags of before."""
+
+    order_of: Callable
+
+    def apply(self, sentence, context):
+        places = self.order_of(sentence, context)
+        return reorder(sentence, places), (places, sentence.entities)
+
+    def undo(self, sentence, step):
+        places, entities = step
+        return replace(reorder(sentence, np.argsort(places).tolist()), entities=entities)
+
+
+def reorder(sentence, places):
+    """The words that stood at `places`, with all their labels."""
+    moved = replace(sentence)
+    for name, column in vars(sentence).items():
+        if column is not None:
+            setattr(moved, name, [column[old] for old in places])
+    if sentence.heads is not None:
+        position = {old + 1: new for new, old in enumerate(places, start=1)}
+        moved.heads = [position.get(head, 0) for head in moved.heads]
+    if sentence.entities is not None:
+        moved.entities = move_entities(sentence.entities, places)
+    return moved
+
+
+def move_entities(tags, places):
+    """BIO tags in a new order. An entity that comes apart becomes several, and each begins with B-:
+    the authors' code leaves an I- before its B- after an inversion."""
+    numbers, entity, previous = [], 0, "O"
+    for tag in tags:
+        # An I- tag that continues nothing of its type begins an entity, as in CoNLL-2003.
+        entity += tag.startswith("B-") or tag[1:] != previous[1:]
+        numbers.append(entity)
+        previous = tag
+    moved, last = [], 0
+    for old in places:
+        prefix = "I" if numbers[old] == last else "B"
+        moved.append("O" if tags[old] == "O" else prefix + tags[old][1:])
+        last = numbers[old]
+    return moved
+
+
+def transliterate_word(word):
+    """The word in Braille, a pattern U+2800 to U+28FF for each byte of its UTF-8: a bijection."""
+    return "".join([chr(0x2800 + byte) for byte in word.encode("utf-8", "surrogatepass")])
+
+
+def restore_word(word):
+    """The word whose transliteration this is. Raises InputError if there is none."""
     try:
         return bytes([ord(char) - 0x2800 for char in word]).decode("utf-8", "surrogatepass")
     except ValueError:
         raise InputError(f"{word!r} is no transliterated word; give a derived text") from None
 
 
-def _tree(heads: list[int]) -> tuple[list[list[int]], list[int]]:
-    """Each position with its dependents, in their order; all that hangs from the root, top down."""
-    rows: list[list[int]] = [[] for _ in range(len(heads) + 1)]  # the last is for head 0
-    for position, head in enumerate(heads):
-        rows[position].append(position)
-        rows[head - 1].append(position)
-    reached = rows.pop()
-    for head in reached:
-        reached += [position for position in rows[head] if position != head]
-    return rows, reached
+FINAL_MARK = regex.compile(r"[\p{Sentence_Terminal}…]+")
 
 
-def _items(sentence: Sentence, head: int, row: list[int]):
-    """The kind of head (None: its row has no order), the positions that move and their items.
-    Punctuation stays; subtypes (`acl:relcl`) are left out, as treebanks differ in them."""
-    kind = {"NOUN": "NOUN", "PROPN": "NOUN", "VERB": "VERB"}.get(sentence.upos[head])
-    relations = {i: sentence.deprels[i].partition(":")[0] for i in row} | {head: "head"}
-    moving = [i for i in row if relations[i] != "punct"]
-    return kind, moving, tuple((relations[i], sentence.upos[i]) for i in moving)
+def inverted_order(sentence, context):
+    """The words in reverse, but for the mark that ends the sentence, in either script. The authors
+    keep '.', '!' and '?' last; here it is the marks of all scripts, and '...' and '?!' too."""
+    places = list(range(len(sentence.words)))
+    last = "".join(sentence.words[-1:])
+    with suppress(InputError):
+        last = restore_word(last)
+    moving = len(places) - bool(FINAL_MARK.fullmatch(last))
+    return places[:moving][::-1] + places[moving:]
 
 
-class OrderModel(Counter):
-    """In what order a language puts the head and the dependents of a noun or a verb: model[kind, a,
-    b] counts how often a came before b under a head of that kind; a and b are items, (relation,
-    tag), or relations alone, to fall back on."""
-
-    __hash__ = object.__hash__  # for the cache: each model is itself
-
-
-ORDERS = [np.array(list(permutations(range(size)))) for size in range(8)]  # the given order first
+def permuted_order(sentence, context):
+    places = list(range(len(sentence.words)))
+    # A string as the seed gives the same order in any process.
+    random.Random(f"{context.seed}/{context.index}").shuffle(places)
+    return places
 
 
-@cache
-def _best_order(model: OrderModel, kind: str, items: tuple[tuple[str, str], ...]) -> list[int]:
-    """The order of the items in which the log-odds of "a comes before b" add up to the most; of
-    equals, the given one. All orders of up to 7 items are tried; of more items, what most wants to
-    be before all the others comes first, until 7 are left."""
-    odds = np.zeros((len(items), len(items)))
-    for (i, a), (j, b) in permutations(enumerate(items), 2):
-        p = 0.5  # for smoothing: what is known so far counts as one observation more
-        for first, second in ((a[0], b[0]), (a, b)):
-            before, after = model[kind, first, second], model[kind, second, first]
-            p = (before + p) / (before + after + 1)
-        odds[i, j] = np.log(p / (1 - p))
-    order, left = [], list(range(len(items)))
-    while len(left) >= len(ORDERS):
-        order.append(max(left, key=lambda item: odds[item, left].sum()))
-        left.remove(order[-1])
-    orders = np.array(left)[ORDERS[len(left)]]
-    first, second = np.triu_indices(len(left), 1)
-    scores = odds[orders[:, first], orders[:, second]].sum(axis=1).round(9)
-    return order + orders[scores.argmax()].tolist()
+# `syntax` has the aim of Galactic Dependencies (Wang and Eisner, TACL 2016): the dependents of
+# nouns and verbs in the order of another language. Its model is simpler, as it only counts pairs:
+# how often under a noun an adjective that is an `amod` came before the noun itself ("NOUN amod/ADJ
+# head/NOUN"), and the same without tags ("NOUN amod head"), to fall back on.
+SOV_ROWS = {
+    "VERB": "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
+    "NOUN": "cc acl det nmod compound head flat amod nummod case cop aux mark conj",
+}
+# A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
+SOV = Counter()
+for _kind, _row in SOV_ROWS.items():
+    SOV.update(f"{_kind} {first} {second}" for first, second in combinations(_row.split(), 2))
 
 
-def learn_order(sentences: Iterable[Sentence]) -> OrderModel:
-    """The order of a treebank's language, in pairs (the aim is Wang and Eisner's, TACL 2016)."""
-    model = OrderModel()
+def rows_of(heads):
+    """For each word the places of it and of its dependents, from left to right; last the root's."""
+    rows = [[] for _ in range(len(heads) + 1)]
+    for word, head in enumerate(heads):
+        rows[word].append(word)
+        rows[head - 1].append(word)
+    return rows
+
+
+def read_off(rows):
+    """All words that hang from the root, in the order of the rows. A phrase is in one piece."""
+    order, opened, stack = [], set(), rows[-1][::-1]
+    while stack:
+        word = stack.pop()
+        # A word stands in its head's row for its whole phrase, and in its own row for itself.
+        if word in opened:
+            order.append(word)
+        else:
+            opened.add(word)
+            stack += reversed(rows[word])
+    return order
+
+
+def moving_rows(sentence):
+    """The rows of nouns and verbs: head, kind, and what each word is to the head, {3: "amod/ADJ"}.
+    Punctuation does not move. Subtypes of relations are left out, as treebanks differ in them."""
+    if None in (sentence.upos, sentence.heads):
+        raise InputError("syntax needs tags and trees; give CoNLL-U that has UPOS and HEAD")
+    for head, row in enumerate(rows_of(sentence.heads)[:-1]):
+        kind = {"NOUN": "NOUN", "PROPN": "NOUN", "VERB": "VERB"}.get(sentence.upos[head])
+        items = {}
+        for word in row if kind else []:
+            relation = sentence.deprels[word].partition(":")[0] if word != head else "head"
+            if relation != "punct":
+                items[word] = f"{relation}/{sentence.upos[word]}"
+        yield head, kind, items
+
+
+def keys_of(kind, first, second):
+    """The keys of an order model for a pair of items: without tags and with them."""
+    relations = [item.partition("/")[0] for item in (first, second)]
+    return " ".join([kind, *relations]), f"{kind} {first} {second}"
+
+
+def learn_order(sentences):
+    """The order model of a treebank's language. JSON can keep it."""
+    model = Counter()
     for sentence in sentences:
-        for head, row in enumerate(_tree(sentence.heads)[0]):
-            kind, _, items = _items(sentence, head, row)
-            for a, b in combinations(items if kind else (), 2):
-                model.update([(kind, a, b), (kind, a[0], b[0])])
+        for _, kind, items in moving_rows(sentence):
+            for pair in combinations(items.values(), 2):
+                model.update(keys_of(kind, *pair))
     return model
 
 
-# A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
-SOV = OrderModel()
-for _row in (
-    "VERB discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
-    "NOUN cc acl det nmod compound head flat amod nummod case cop aux mark conj",
-):
-    SOV.update((_row[:4], a, b) for a, b in combinations(_row[5:].split(), 2))
+def log_odds(model, kind, first, second):
+    """Of the first item before the second. What is known without tags counts as one observation."""
+    p = 0.5
+    keys, reverse_keys = keys_of(kind, first, second), keys_of(kind, second, first)
+    for key, reverse in zip(keys, reverse_keys, strict=True):
+        before, after = model.get(key, 0), model.get(reverse, 0)
+        p = (before + p) / (before + after + 1)
+    return math.log(p / (1 - p))
 
 
-def read_order(treebank: str | None) -> OrderModel:
-    """The order of the language of a treebank in CoNLL-U; without one, SOV."""
-    return learn_order(read_conllu(treebank)) if treebank else SOV
+def arrange(model, kind, items):
+    """The places of a row's items in the order of the model's language. More than 7 stand in the
+    order of how much each wants to be before all the others."""
+    odds = {pair: log_odds(model, kind, *pair) for pair in product(set(items), repeat=2)}
+    if len(items) <= 7:
+        return best_order(tuple(odds[pair] for pair in product(items, repeat=2)), len(items))
+    wish = Counter()
+    for (item, other), value in odds.items():
+        wish[item] += value * items.count(other)
+    return sorted(range(len(items)), key=lambda place: -round(wish[items[place]], 9))
 
 
-def _syntax_order(sentence: Sentence, model: OrderModel) -> list[int]:
-    """Subtrees move as wholes (one with gaps is first drawn together); punctuation keeps its place
-    in its row, so that a final '.' stays final."""
-    if None in (sentence.upos, sentence.heads, sentence.deprels):
-        raise InputError("syntax needs dependency trees: give a CoNLL-U file")
-    rows, top_down = _tree(sentence.heads)
-    phrases: dict[int, list[int]] = {}
-    for head in reversed(top_down):
-        kind, moving, items = _items(sentence, head, rows[head])
-        best = iter(_best_order(model, kind, items) if kind else range(len(items)))
-        row = [moving[next(best)] if i in moving else i for i in rows[head]]
-        phrases[head] = [word for i in row for word in ([i] if i == head else phrases[i])]
-    return phrases[top_down[0]] if top_down else []
+@cache
+def best_order(odds, size):
+    """Of all orders that in which the log-odds add up to the most; of equals, the given one."""
+
+    def score(order):
+        return round(sum(odds[a * size + b] for a, b in combinations(order, 2)), 9)
+
+    return max(permutations(range(size)), key=score)
 
 
-def _move_entities(tags: list[str], order: Iterable[int]) -> list[str]:
-    """The BIO tags of words in a new order: neighbours of one entity in one piece, `B-` first."""
-    starts = (tag[0] == "B" or tag[1:] != last[1:] for last, tag in pairwise(["O", *tags]))
-    numbers = list(accumulate(starts))  # of the entities, from 1 on
-    moved, before = [], 0
-    for old in order:
-        prefix = "O" if tags[old] == "O" else "I" if numbers[old] == before else "B"
-        moved.append(prefix + tags[old][1:])
-        before = numbers[old]
-    return moved
+def syntax_order(sentence, context):
+    """Subtrees move as wholes, and one with gaps is drawn together. Punctuation keeps its place in
+    its row, so that a final '.' stays final."""
+    rows = rows_of(sentence.heads or [])
+    for head, kind, items in moving_rows(sentence):
+        moving = list(items)
+        best = iter(arrange(context.order, kind, list(items.values())))
+        rows[head] = [moving[next(best)] if word in items else word for word in rows[head]]
+    return read_off(rows)
 
 
-def _reorder(sentence: Sentence, order: list[int]) -> Sentence:
-    """The words as `order` lists them, with their labels; a span is stretched over its words."""
-    place = dict(zip(order, range(len(sentence.words)), strict=True))
-    columns = (sentence.words, sentence.upos, sentence.heads, sentence.deprels)
-    words, upos, heads, deprels = (column and [column[old] for old in order] for column in columns)
-    heads = heads and [head and place[head - 1] + 1 for head in heads]
-    entities = sentence.entities and _move_entities(sentence.entities, order)
-    inside = [[place[word] for word in range(*span)] for span in sentence.spans]
-    spans = [(min(places), max(places) + 1) for places in inside]
-    return Sentence(words, upos, heads, deprels, entities, spans)
+TRANSFORMS = {
+    "transliterate": Respelling(transliterate_word, restore_word),
+    "invert": Reordering(inverted_order),
+    "permute": Reordering(permuted_order),
+    "syntax": Reordering(syntax_order),
+}
 
 
-def transform(sentence: Sentence, names: Iterable[str], seed=0, index=0, order=SOV):
-    """The sentence after the named transformations, one by one, and the steps for `invert`: where
-    each word came from (None: none moved), and the entities and spans before. `permute` depends on
-    seed and index, the sentence's number; `syntax` on the OrderModel. Raises InputError."""
-    steps, size = [], len(sentence.words)
-    for name in chain(*map(parse_transform, names)):
-        places = None
-        if name == "invert":
-            final = {*".!?", *map(transliterate_word, ".!?")}
-            moving = size - any(word in final for word in sentence.words[-1:])
-            places = [*reversed(range(moving)), *range(moving, size)]
-        elif name == "permute":
-            places = list(range(size))
-            random.Random(f"{seed}/{index}").shuffle(places)  # a string: alike in any process
-        elif name == "syntax":
-            places = _syntax_order(sentence, order)
-        steps.append((places, sentence.entities, sentence.spans))
-        if places is None:
-            words = [transliterate_word(word) for word in sentence.words]
-            sentence = replace(sentence, words=words)
-        else:
-            sentence = _reorder(sentence, places)
+def parse_transform(text):
+    """The names in `transliterate+invert`, in their order. Raises InputError for an unknown one."""
+    for name in text.split("+"):
+        if name not in TRANSFORMS:
+            raise InputError(f"no transformation {name!r}; there are {', '.join(TRANSFORMS)}")
+    return tuple(text.split("+"))
+
+
+def transform(sentence, names, seed=0, index=0, order=SOV):
+    """The sentence after the named transformations, one by one, and the steps for `restore`.
+
+    `permute` depends on seed and index, the sentence's number; `syntax` on the order model.
+    """
+    context, steps = Context(seed, index, order), []
+    for text in names:
+        for name in parse_transform(text):
+            sentence, step = TRANSFORMS[name].apply(sentence, context)
+            steps.append((name, step))
     return sentence, steps
 
 
-def invert(sentence: Sentence, steps: list[tuple]) -> Sentence:
-    """The sentence that `transform` was given: its steps undone, the last one first."""
-    for places, entities, spans in reversed(steps):
-        if places is None:
-            words = [transliterate_word(word, back=True) for word in sentence.words]
-            sentence = replace(sentence, words=words)
-        else:
-            back = sorted(range(len(places)), key=places.__getitem__)
-            sentence = replace(_reorder(sentence, back), entities=entities, spans=spans)
+def restore(sentence, steps):
+    """The sentence that `transform` was given, labels and all."""
+    for name, step in reversed(steps):
+        sentence = TRANSFORMS[name].undo(sentence, step)
     return sentence
 
 
+# ----------------------------------------------------------------------------------- the readers
+# Words are those of Unicode's word boundaries, `(?w)\b`, which keep vowel signs and joiners with
+# their letters and split Han one by one. Beyond them titles keep their dot, hyphens join, dots and
+# dashes stand in rows, and Braille and scripts without boundaries, such as Thai, run to a space.
+WORD = regex.compile(
+    r"(?w)(?:Mr|Mrs|Ms|Dr|St)\.|\.{2,}|-{2,}|[\u2800-\u28ff]+|\p{Line_Break=Complex_Context}+"
+    r"|\w.*?\b(?:[-'\u2019]\w.*?\b)*|\S.*?\b"
+)
+# A sentence ends with a mark, closing quotes and white space, if no lower case comes next; with a
+# full-width mark, which takes no space after it; or with its line.
+SENTENCE = regex.compile(
+    r"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))(?:[\p{Sentence_Terminal}…]++[\"'»)\u201d\u2019]*+\s++(?!\p{Ll})"
+    r"|[\u3002\uff01\uff1f\uff61]++[\"'»\u201d\u2019\u300d\u300f\uff09]*+\s*+)|.+"
+)
+MULTIWORD = regex.compile(r"\d+[-.]\d+")  # or an empty node
+CONLLU_ROW = regex.compile(r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )")
+ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")  # an item of MISC
+BIO_TAG = regex.compile(r"[O-]|[BI]-\S+")
+SCHEMES = {"S": "IOBES", "E": "IOBES", "U": "BILOU", "L": "BILOU"}
+GAP = regex.compile(r"[\s,\[\]]*")  # between objects of JSON
+UNLABELLED = ("-", "-1", "")
+LABELS = {**dict(zip("012", INFERENCES, strict=True)), "contradictory": "contradiction"}
+
+
+def read_lines(path, limit=-1):
+    """Pairs of "file:line" and a line of a UTF-8 file or, for `-`, of standard input. Lines of more
+    than `limit` bytes come in pieces. A byte order mark at the beginning is dropped."""
+    number = 1
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            while data := file.readline(limit):
+                yield f"{path}:{number}", decoder.decode(data)
+                number += data.endswith(b"\n")
+        decoder.decode(b"", final=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
+    except UnicodeDecodeError:
+        message = f"{path}:{number}: bytes that are not UTF-8; convert the file to UTF-8"
+        raise InputError(message) from None
+
+
+def nonempty(path, sentences):
+    """The sentences that have words. Raises InputError if there are none."""
+    empty = True
+    for sentence in sentences:
+        if sentence.words:
+            yield sentence
+            empty = False
+    if empty:
+        raise InputError(f"{path}: empty; give a file with at least one sentence")
+
+
+def read_text(path):
+    """The sentences of a plain text: words only. The text and its lines may have any length."""
+    return nonempty(path, split_text(read_lines(path, limit=2**20)))
+
+
+def split_text(lines):
+    rest = ""
+    for _, piece in chain(lines, [("", "\n")]):
+        texts = SENTENCE.findall(rest + piece)
+        # The last one may go on in the next piece of its line.
+        rest = "" if piece.endswith("\n") else texts.pop()
+        for text in texts:
+            yield Sentence(WORD.findall(text))
+
+
+def blocks_of(lines):
+    """What stands between blank lines, as lists of (place, line)."""
+    for filled, block in groupby(lines, key=lambda pair: bool(pair[1].strip())):
+        if filled:
+            yield [(place, line.rstrip("\r\n")) for place, line in block]
+
+
+@dataclass
+class Tree(Sentence):
+    """A sentence of CoNLL-U; its rows, ten columns a word, travel with the words."""
+
+    rows: list[list[str]] | None = None
+
+
+def parse_block(block):
+    """The Tree of a block of CoNLL-U, and its lines that are no words: comments, multi-word tokens
+    and empty nodes."""
+    rows, others = [], []
+    for place, line in block:
+        columns = line.split("\t")
+        if line.startswith("#") and "\r" not in line:
+            others.append(line)
+        elif len(columns) != 10:
+            raise InputError(f"{place}: {len(columns)} columns; give lines of 10, split by tabs")
+        elif columns[0] == str(len(rows) + 1):
+            rows.append(columns)
+        elif MULTIWORD.fullmatch(columns[0]):
+            others.append(line)
+        else:
+            raise InputError(
+                f"{place}: word {columns[0]!r}; number words 1, 2, 3, with a blank line at the end"
+            )
+    tree = Tree([], rows=rows)
+    if rows:
+        fill_tree(tree, block[0][0])
+    return tree, others
+
+
+def fill_tree(tree, place):
+    """Checks the rows of a Tree and takes its words and labels from them."""
+    columns = np.array(tree.rows, object).T.tolist()
+    tree.words, upos, heads, misc = columns[1], columns[3], columns[6], columns[9]
+    if len(upos) > 1 and set(tree.words) == {"_"}:
+        raise InputError(f"{place}: the text has been taken out; get it from its publisher")
+    if set(upos) != {"_"}:
+        tree.upos = upos
+    if set(heads) != {"_"}:
+        wrong = set(heads) - {str(number) for number in range(len(heads) + 1)}
+        if wrong:
+            raise InputError(f"{place}: head {min(wrong)!r}; give 0 or the number of a word")
+        tree.heads, tree.deprels = [int(head) for head in heads], columns[7]
+        if heads.count("0") != 1 or len(read_off(rows_of(tree.heads))) < len(heads):
+            raise InputError(f"{place}: no tree; let all heads lead to one word, whose head is 0")
+    tags = [ENTITY.search(cell) for cell in misc]
+    if any(tags):
+        tree.entities = [tag[1] if tag else "O" for tag in tags]
+
+
+def read_conllu(path):
+    """The sentences of a file in CoNLL-U (https://universaldependencies.org/format.html): words and
+    what there is of UPOS, trees, and entities (MISC with `Entity=B-PER`)."""
+    blocks = blocks_of(read_lines(path))
+    for tree in nonempty(path, (parse_block(block)[0] for block in blocks)):
+        yield Sentence(tree.words, tree.upos, tree.heads, tree.deprels, tree.entities)
+
+
+def peek(lines):
+    """Whether the lines are CoNLL-U, by the first that is no comment; and all the lines again."""
+    seen = []
+    for place, line in lines:
+        seen.append((place, line))
+        if not regex.match(r"#|\s*$", line):
+            break
+    return any(CONLLU_ROW.search(line) for _, line in seen), chain(seen, lines)
+
+
+def looks_like_conllu(path):
+    """Tells CoNLL-U from plain text, by content. What it reads of a pipe is gone."""
+    return peek(read_lines(path))[0]
+
+
+def split_row(line):
+    """Columns are split by tabs, or else by spaces. Other white space belongs to the words."""
+    line = line.rstrip(" \t")
+    return line.split("\t") if "\t" in line else regex.split(" +", line.lstrip(" "))
+
+
+def read_bio(path):
+    """The sentences of a file with a word and its entity tag a line, as in CoNLL-2003 (`word ...
+    tag`), Universal NER (`index word tag ...`) and others: the tag is in the column after the word
+    if that holds tags, else in the last one. `-` is O. An I- that continues nothing becomes B-."""
+    return nonempty(path, bio_sentences(read_lines(path)))
+
+
+def bio_sentences(lines):
+    ended = ((place, "" if line.startswith("-DOCSTART-") else line) for place, line in lines)
+    blocks = blocks_of(ended)
+    # What a column holds is a matter of the file and not of a row: a hundred sentences tell.
+    first = list(islice(blocks, 100))
+    rows = [split_row(line) for _, line in chain(*first) if not line.startswith("#")]
+    widths = {len(row) for row in rows}
+    word = int(all(row[0].isdecimal() and len(row) > 2 for row in rows))
+    after = {row[word + 1] for row in rows if len(row) > word + 1} - {"-"}
+    tag = word + 1 if after and all(map(BIO_TAG.fullmatch, after)) else -1
+    for block in chain(first, blocks):
+        sentence = Sentence([], entities=[])
+        for place, line in block:
+            row = split_row(line)
+            cell = row[tag] if len(row) > word + 1 else ""
+            readable = BIO_TAG.fullmatch(cell) and row[word]
+            # "# O" is a word if the other rows are of two columns too, and "# id" is a comment.
+            if line.startswith("#") and not (readable and word == 0 and len(row) in widths):
+                continue
+            if not readable:
+                scheme = SCHEMES.get(cell[:1], "no scheme that is read")
+                raise InputError(f"{place}: {cell!r} is of {scheme}; give a word and O, B-X or I-X")
+            sentence.words.append(row[word])
+            sentence.entities.append("O" if cell == "-" else cell)
+        yield reorder(sentence, range(len(sentence.words)))
+
+
+# The names of the columns in MNLI, XNLI and their exports.
+COLUMNS = [("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"), ("gold_label", "label")]
+
+
+def table_rows(path, text):
+    """Rows of a tab-separated table with a header, where quotes are text."""
+    header = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        cells = line.rstrip("\r").split("\t")
+        if line.strip() and not header:
+            header = cells
+        elif len(cells) == len(header):
+            yield f"{path}:{number}", dict(zip(header, cells, strict=True))
+        elif line.strip():
+            raise InputError(f"{path}:{number}: {len(cells)} columns; the header has {len(header)}")
+
+
+def json_rows(path, text):
+    """Objects of JSON: in an array, one a line, or one over many lines."""
+    text = text.rstrip("] \t\r\n")
+    decoder, at, number = json.JSONDecoder(), 0, 1
+    while at < len(text):
+        start = GAP.match(text, at).end()
+        number += text.count("\n", at, start)
+        try:
+            row, at = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}:{number}: no JSON; mend the line") from None
+        yield f"{path}:{number}", row if isinstance(row, dict) else {}
+        number += text.count("\n", start, at)
+
+
+def read_inferences(path, language="en"):
+    """The pairs in one language of a file of MNLI, XNLI or an export of them: a tab-separated table
+    with a header, or JSON. Pairs without a gold label are left out."""
+    text = "".join(line for _, line in read_lines(path))
+    rows = json_rows if regex.match(r"\s*[\[{]", text) else table_rows
+    others, empty = set(), True
+    for place, row in rows(path, text):
+        cells = []
+        for names in COLUMNS:
+            cells += [row[name] for name in names if name in row][:1]
+        try:
+            premise, hypothesis, label = cells
+            (premise + "" + hypothesis).encode()  # which half of a surrogate pair has not
+        except (TypeError, ValueError):
+            message = f"{place}: no text; give columns premise, hypothesis and label"
+            raise InputError(message) from None
+        if row.get("language", language) != language:
+            others.add(str(row["language"]))
+            continue
+        label = LABELS.get(str(label).lower(), str(label).lower())
+        if label in UNLABELLED:
+            continue
+        if label not in INFERENCES:
+            raise InputError(f"{place}: label {label!r}; give {', '.join(INFERENCES)} or -")
+        premise, hypothesis = Sentence(WORD.findall(premise)), Sentence(WORD.findall(hypothesis))
+        if not (premise.words and hypothesis.words):
+            raise InputError(f"{place}: a sentence without words; mend or remove the line")
+        yield Inference(premise, hypothesis, label)
+        empty = False
+    if empty:
+        choice = f"choose one of {', '.join(sorted(others))}" if others else "give another file"
+        raise InputError(f"{path}: empty, no labelled pair in language {language!r}; {choice}")
+
+
 # ------------------------------------------------------------------------------ the command line
-def _format(sentence: Sentence) -> str:
-    """A line of text, words and spaces; of a sentence with a tree, a block of CoNLL-U."""
-    text = " ".join(sentence.words)
-    if sentence.heads is None:
-        return text + "\n"
-    blank = ["_"] * len(sentence.words)
-    misc = [f"Entity={tag}" for tag in sentence.entities or []] or blank
-    tree = (sentence.upos, blank, blank, sentence.heads, sentence.deprels)
-    rows = zip(count(1), sentence.words, blank, *tree, blank, misc, strict=False)
-    return "\n".join([f"# text = {text}", *("\t".join(map(str, row)) for row in rows), "", ""])
+# A transformed block of CoNLL-U says how it was made, in `# transform = ...`, and MISC has each
+# word's old place, so `restore` needs nothing beside the file. Lemma, XPOS, FEATS, DEPS and MISC
+# travel with their word as they are, DEPS with its old numbers. Comments stay; `# text`, multi-word
+# tokens and empty nodes are kept as comments that begin with `#old`. What does not come back are
+# the places of comments between words, second blank lines, and line ends other than Unix's.
 
 
-def _generate_files(args) -> dict[str, list[str]]:
-    """The built-in language and its derivative, parallel, as text and trees; and the dictionary."""
-    names, originals = parse_transform(args.transform), list(generate(args.sentences, args.seed))
-    derived = [transform(s, names, seed=args.seed, index=i)[0] for i, s in enumerate(originals)]
-    files = {}
-    for side, sentences in ((f"{args.out}/original", originals), (f"{args.out}/derived", derived)):
-        files[f"{side}.txt"] = [_format(Sentence(sentence.words)) for sentence in sentences]
-        files[f"{side}.conllu"] = [_format(sentence) for sentence in sentences]
-    words = sorted({word for sentence in originals for word in sentence.words})
-    dictionary = [f"{word}\t{transliterate_word(word)}\n" for word in words]
-    return files | {f"{args.out}/dictionary.tsv": dictionary}
+NOTE = regex.compile(r"^(?:Entity=[^|]+\|)?Old=(\d+)\|?")
 
 
-def _transform_file(args) -> dict[str, list[str]]:
-    """The derived text or treebank; beside it, what the way back needs, a line of JSON a piece."""
-    names = parse_transform(args.transform)
-    order = read_order(args.order)
-    treebank = ".conllu" in Path(args.file).name
-    derived, undo = [], [json.dumps(treebank) + "\n"]
-    pieces = _conllu_pieces(args.file) if treebank else _text_pieces(args.file)
-    for index, (rest, sentence) in enumerate(pieces):
-        sentence, steps = transform(sentence, names, seed=args.seed, index=index, order=order)
-        undo.append(json.dumps([rest, [places for places, *_ in steps]]) + "\n")
-        derived += [_format(sentence)] if sentence.words else []
-    return {args.out: derived, f"{args.out}.undo": undo}
+def format_conllu(tree, comments, misc):
+    """The lines of a Tree with its present words and heads, and the blank line after it."""
+    lines = []
+    for number, columns in enumerate(tree.rows):
+        head = columns[6] if tree.heads is None else tree.heads[number]
+        place = f"{number + 1}\t{tree.words[number]}"
+        lines.append("\t".join([place, *columns[2:6], str(head), *columns[7:9], misc[number]]))
+    # Comments come first, a multi-word token "3-4" before word 3, and an empty node "3.1" after it.
+    number = regex.compile(r"\d+(?:\.\d+)?|")
+    return [*sorted(comments + lines, key=lambda line: float(number.match(line)[0] or 0)), ""]
 
 
-def _invert_file(args) -> dict[str, list[str]]:
-    """The file that `transform` was given, byte for byte."""
-    undo = f"{args.file}.undo"
+def transform_block(block, names, **context):
+    """The lines of a block of CoNLL-U after the named transformations."""
+    tree, others = parse_block(block)
     try:
-        treebank, *pieces = [_json(line) for _, line in chain(*_blocks(undo))]
-        texts = (Sentence(line[:-1].split(" ")) for _, line in chain(*_blocks(args.file)))
-        sentences = read_conllu(args.file) if treebank else texts
-        original = []
-        for rest, steps in pieces:
-            sentence = next(sentences) if len(rest) > 1 else Sentence([])
-            sentence = invert(sentence, [(places, None, []) for places in steps])
-            columns = (sentence.words, sentence.upos, sentence.heads, sentence.deprels)
-            cells = chain(*zip(*(map(str, column) for column in columns if column), strict=True))
-            original += chain(*zip(rest, [*cells, ""], strict=True))
-        if next(sentences, None):
-            raise IndexError
-        "".join(original)  # a TypeError if there is other than text
-    except (StopIteration, IndexError, *MALFORMED) as error:
-        if str(error).startswith(args.file):  # of a reader, which names the place
-            raise
-        raise InputError(f"{undo}: does not fit {args.file}; run transform again") from None
-    return {args.out: original}
+        tree, _ = transform(tree, names if tree.words else [], **context)
+    except InputError as error:
+        raise InputError(f"{block[0][0]}: {error}") from None
+    comments = [f"# transform = {'+'.join(names)}", f"# text = {' '.join(tree.words)}"]
+    for line in others:
+        comments.append(line if regex.match("#(?! text| transform|old)", line) else f"#old{line}")
+    misc = [f"Old={row[0]}|{row[9]}".removesuffix("|_") for row in tree.rows]
+    if tree.entities is not None:
+        misc = [f"Entity={tag}|{cell}" for tag, cell in zip(tree.entities, misc, strict=True)]
+    return format_conllu(tree, comments, misc)
 
 
-def _write(path: str, parts: list[str]) -> None:
-    """Writes a file that takes its name when it is complete."""
-    part = Path(f"{path}.part")
+def restore_block(block):
+    """The lines of the block that `transform_block` was given."""
+    tree, others = parse_block(block)
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
+        names = parse_transform(others[0].removeprefix("# transform = "))
+        old = [int(NOTE.match(row[9])[1]) for row in tree.rows]
+        # The order comes back at once by the old places; then the steps restore the words alone.
+        tree = reorder(tree, np.argsort(old).tolist())
+        misc = [NOTE.sub("", row[9]) or "_" for row in tree.rows]
+        nowhere = range(len(old)), None
+        tree.words = restore(Sentence(tree.words), [(name, nowhere) for name in names]).words
+    except (ValueError, IndexError, TypeError):
+        raise InputError(f"{block[0][0]}: not as transform wrote it; run transform again") from None
+    return format_conllu(tree, [line.removeprefix("#old") for line in others[2:]], misc)
+
+
+def transform_file(args):
+    names, context = parse_transform(args.transform), {"seed": args.seed}
+    if args.order:
+        context["order"] = learn_order(read_conllu(args.order))
+    is_conllu, lines = peek(read_lines(args.file, limit=2**24))
+    if not is_conllu:
+        for index, sentence in enumerate(nonempty(args.file, split_text(lines))):
+            yield " ".join(transform(sentence, names, index=index, **context)[0].words)
+    for index, block in enumerate(blocks_of(lines)):
+        yield from transform_block(block, names, index=index, **context)
+
+
+def restore_file(args):
+    is_conllu, lines = peek(read_lines(args.file))
+    if not is_conllu:
+        raise InputError(f"{args.file}: no CoNLL-U; plain text cannot be restored")
+    for block in blocks_of(lines):
+        yield from restore_block(block)
+
+
+def generate_files(args):
+    """The built-in language and its derivative in CoNLL-U and as text, and their dictionary."""
+    args.file = f"{args.out}/original.conllu"
+    sentences = generate(args.sentences, args.seed)
+    write(args.file, chain.from_iterable(map(format_sentence, sentences)))
+    write(f"{args.out}/derived.conllu", transform_file(args))
+    for side in ("derived", "original"):
+        texts = [" ".join(sentence.words) for sentence in read_conllu(f"{args.out}/{side}.conllu")]
+        write(f"{args.out}/{side}.txt", texts)
+    words = sorted(set(" ".join(texts).split()))
+    dictionary = [f"{word}\t{transliterate_word(word)}" for word in words]
+    write(f"{args.out}/dictionary.tsv", dictionary)
+
+
+def format_sentence(sentence):
+    """A sentence of the built-in language in CoNLL-U."""
+    yield f"# text = {' '.join(sentence.words)}"
+    for number, word in enumerate(sentence.words):
+        upos, head = sentence.upos[number], sentence.heads[number]
+        labels = f"{upos}\t_\t_\t{head}\t{sentence.deprels[number]}\t_"
+        yield f"{number + 1}\t{word}\t_\t{labels}\tEntity={sentence.entities[number]}"
+    yield ""
+
+
+def write(path, lines):
+    """Writes lines to a file that takes its name when it is complete."""
+    path = Path(path).resolve()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(parts)
+            file.writelines(f"{line}\n" for line in lines)
         part.replace(path)
     except OSError as error:
-        if part.exists():
-            part.unlink()
         raise InputError(f"{path}: {error.strerror}; give a place that can be written") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
         raise InputError(f"{message}; see --help")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 if the user's input is at fault."""
-    run = {"generate": _generate_files, "transform": _transform_file, "invert": _invert_file}
-    parser = _Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("command", choices=run)
-    parser.add_argument("file", nargs="?", help="text, or X.conllu: a treebank")
-    parser.add_argument("-o", "--out", help="(FILE.COMMAND; of generate, a folder: language)")
-    parser.add_argument("--transform", default="transliterate+invert", metavar="+".join(TRANSFORMS))
-    parser.add_argument("--order", metavar="TREEBANK", help="of the language that syntax imitates")
+def main(arguments=None):
+    """The command line. Returns the exit status."""
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("command", choices=["generate", "transform", "restore"])
+    parser.add_argument("file", nargs="?", default="-", help="text or CoNLL-U; - is standard input")
+    parser.add_argument("-o", "--out", required=True, help="a file; of generate, a folder")
+    parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
+    parser.add_argument("--order", metavar="TREEBANK", help="whose order syntax imitates")
     parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
-    parser.add_argument("--seed", type=int, default=0, help="of generate and of permute")
+    parser.add_argument("--seed", type=int, default=0, help="of generate and permute")
     try:
         args = parser.parse_intermixed_args(arguments)
-        generating = args.command == "generate"
-        args.out = args.out or ("language" if generating else f"{args.file}.{args.command}")
-        if args.sentences < 1 or not (generating or args.file):
-            raise InputError("give a file to transform or invert, or at least one --sentences")
-        for path, parts in run[args.command](args).items():
-            _write(path, parts)
+        if args.command == "generate":
+            generate_files(args)
+        else:
+            run = transform_file if args.command == "transform" else restore_file
+            write(args.out, run(args))
     except InputError as error:
         print(f"synth_lang.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("synth_lang.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
