@@ -33,8 +33,8 @@ jit = triton.jit if triton else (lambda function: function)
 def alignment_plain(weight, pairs):
     """The loss in plain PyTorch; rows of half types are widened to fp32 first."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    rows = F.embedding(pairs, weight).to(wide)  # (K, 2, D)
-    return -F.cosine_similarity(rows[:, 0], rows[:, 1]).mean()
+    first, second = F.embedding(pairs.T, weight).to(wide)  # (K, D) each
+    return -F.cosine_similarity(first, second).mean()
 
 
 @jit

@@ -1,193 +1,215 @@
-"""Time and memory of both losses, forward and backward together, beside others that compute them.
+"""Time, memory and error of the losses and of a training step, beside others that compute the same.
 
-    python -m kernels.bench [--out results]
+    python -m kernels.bench --shapes mlm:819x64x4000 align:1000x64x4000 step --peers ours eager
 
-On a GPU: by device events, against eager PyTorch, torch.compile and, after `pip install .[bench]`,
-Liger and CCE; with shares of two rooflines measured in the same run. On a CPU: the plain path
-against gather + F.linear + F.cross_entropy. Writes kernels-gpu.json and .png, or -cpu.
+A shape of mlm is N x D x V: rows, all with a label, width, vocabulary; of align K x D x V, K pairs;
+step is a training step of this project and of transformers. Contestants take turns, so that a busy
+machine is busy for all. Extra memory is the most that a step, forward and backward, allocates. The
+error is the largest relative one, against float64, of the loss and the gradients; floors have none.
+GPUs compute in bf16, but the alignment in fp32; CPUs in fp32.
 """
 
 import argparse
-import json
+import importlib
 import statistics
+import tempfile
 import time
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from torch.optim import AdamW
 
+import alignmlm
+from alignmlm import alignment_equation
 from kernels import alignment_loss, masked_lm_loss
 
-try:
-    from cut_cross_entropy import linear_cross_entropy as cce
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-except ImportError:
-    cce = liger = None
-
-# (kernel, tokens or pairs, D, V). The project's size is the first of its kind; 50,021 is a prime.
-GPU_SHAPES = [
-    *(("masked_lm", 512 * sequences, D, V) for D in (512, 256, 768)
-      for V in (80_000, 16_000, 128_000, 50_021) for sequences in (256, 64, 8)),
-    *(("alignment", K, D, 80_000) for D in (512, 256, 768) for K in (40_000, 20_000, 4_000)),
-]  # fmt: skip
-CPU_SHAPES = [("masked_lm", 4_000, 256, 16_000), ("masked_lm", 53_333, 256, 16_000),
-              ("masked_lm", 2_000, 64, 4_000), ("alignment", 1_000, 64, 4_000)]  # fmt: skip
-MASKED = 0.15  # of the tokens have a label: N = 600, 8,000 and 300 on the CPU
+CUDA = torch.cuda.is_available()
+# The project's own sizes are 9,856 rows (preset paper) and 819 (preset tiny).
+SIZES = "mlm:819x64x4000 mlm:600x256x16000 mlm:2000x512x32000 mlm:8000x256x16000 align:1000x64x4000"
+if CUDA:
+    SIZES = "mlm:9856x512x80000 mlm:19661x512x80000 mlm:614x512x16000 align:40000x512x80000"
 
 
-def make(kernel, size, D, V, device, dtype):
-    """Fresh random inputs; a dictionary as in the paper, of words that occur in one pair each."""
-    torch.manual_seed(0)
-    weight = torch.randn(V, D, device=device, dtype=dtype).div_(D**0.5).requires_grad_()
-    if kernel == "alignment":
-        words = torch.randperm(V // 2, device=device)[:size]
-        return weight, torch.stack([words, words + V // 2], 1)
-    hidden = torch.randn(size, D, device=device, dtype=dtype, requires_grad=True)
-    bias = torch.zeros(V, device=device, dtype=dtype, requires_grad=True)
-    labels = torch.randint(V, (size,), device=device)
-    labels[torch.randperm(size, device=device)[round(MASKED * size) :]] = -100
-    return hidden, weight, bias, labels
-
-
-def eager_alignment(weight, pairs):
-    return -F.cosine_similarity(weight[pairs[:, 0]], weight[pairs[:, 1]]).mean()
-
-
-def projection(hidden, weight, bias, labels):
+def eager(hidden, weight, bias, labels):
     return F.cross_entropy(F.linear(hidden, weight, bias), labels)
 
 
-def contestants(kernel, cuda):
-    """name -> loss. CCE 25.1.1 has no bias and is spared it; its default skips small gradients."""
-
-    def gathered(loss):  # so that none works on the rows without a label
-        return lambda h, w, b, y: loss(h[y != -100], w, b, y[y != -100])
-
-    if kernel == "alignment":
-        found = {"ours": alignment_loss, "eager": eager_alignment}
-        return found | ({"compiled": torch.compile(eager_alignment, dynamic=False)} if cuda else {})
-    found = {"ours": masked_lm_loss, "eager": gathered(projection)}
-    if cuda:
-        found["compiled"] = gathered(torch.compile(projection, dynamic=False))
-    if cuda and liger:
-        found["liger"] = gathered(lambda h, w, b, y: liger(h, w, y, b))
-        found["cce"] = gathered(lambda h, w, b, y: cce(h, w, y))
-        found["cce exact"] = gathered(lambda h, w, b, y: cce(h, w, y, filter_eps=None))
-    return found
+def chunked(rows=None):
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    return lambda h, w, b, y: F.linear_cross_entropy(h, w, y, linear_bias=b, options=options)
 
 
-def step(loss, case):
-    loss(*case).backward()
-    for tensor in case:
-        tensor.grad = None
+def liger(**options):
+    module = importlib.import_module("liger_kernel.transformers.functional")
+    loss = module.liger_fused_linear_cross_entropy
+    return lambda h, w, b, y: loss(h, w, y, b, **options)
 
 
-def peak_memory(call, device):
-    """Bytes that a call takes at most, beyond what is allocated before it: gradients count only if
-    the call before has let its own go."""
-    if device != "cpu":
+def without_bias(module, name, **options):
+    # The bias is zero here, and so these compute the same loss with a little less to do.
+    loss = getattr(importlib.import_module(module), name)
+    return lambda h, w, b, y: loss(h, w, y, **options)
+
+
+# Each makes a loss of hidden, weight, bias and labels, or fails where it is not installed.
+PEERS = {
+    "ours": lambda: masked_lm_loss,
+    "eager": lambda: eager,
+    "compiled": partial(torch.compile, eager, dynamic=False),
+    "compiled, chunker": partial(
+        torch.compile, eager, dynamic=False, options={"auto_chunker.enable": True}),
+    "F.lce auto": chunked,
+    "F.lce 4096": partial(chunked, 4096),
+    "liger": liger,
+    # Its chunks have N D / V rows, times a constant.
+    "liger fp32 x64": partial(liger, accum_dtype=torch.float32, chunk_mem_const=64),
+    # By default CCE leaves out small gradients.
+    "cce exact": partial(
+        without_bias, "cut_cross_entropy", "linear_cross_entropy", filter_eps=None),
+    "quack": partial(without_bias, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+}  # fmt: skip
+
+
+def differentiate(loss, tensors, index):
+    """The loss and the gradients of tensors, None for one that is not used."""
+    value = loss(*tensors, index)
+    return value.detach(), *torch.autograd.grad(value, tensors, allow_unused=True)
+
+
+def three_products(hidden, weight, logits):
+    # The floor: whatever makes the gradients has these to do.
+    torch.mm(hidden, weight.T, out=logits)
+    logits @ weight, logits.T @ hidden
+    return ()
+
+
+def masked_lm_contest(N, D, V):
+    """Contestants, name -> call, and the loss and gradients in float64."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    hidden, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
+    tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight, torch.zeros(V))]
+    labels = torch.randint(V, (N,))
+    calls = {}
+    for name, make in PEERS.items():
+        try:
+            calls[name] = partial(differentiate, make(), tensors, labels)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            print(f"| | {name} | skipped: {error} | | | | |")
+    hidden, weight, _ = (tensor.detach() for tensor in tensors)
+    calls["three products"] = partial(three_products, hidden, weight, hidden @ weight.T)
+    return calls, differentiate(eager, [tensor.double() for tensor in tensors], labels)
+
+
+def alignment_contest(K, D, V):
+    torch.manual_seed(0)
+    weight, pairs = torch.randn(V, D).requires_grad_(), torch.randperm(V)[: 2 * K].view(K, 2)
+    peers = {"ours": alignment_loss, "eager": alignment_equation}
+    peers["compiled"] = torch.compile(alignment_equation, dynamic=False)
+    calls = {name: partial(differentiate, loss, [weight], pairs) for name, loss in peers.items()}
+    # The floor: the rows of the pairs are to be read, and as many to be written.
+    rows = weight.detach()[: 2 * K]
+    target = rows.clone()
+    calls["a copy of the rows"] = lambda: target.copy_(rows)[:0]
+    return calls, differentiate(alignment_equation, [weight.double()], pairs)
+
+
+def step_contest():
+    """L_MLM by AdamW on random tokens, from the same weights; the error is that of the loss."""
+    from transformers import RobertaForMaskedLM
+
+    s = alignmlm.preset("paper" if CUDA else "small", objective="mlm", batch=16, dropout=0.0)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(alignmlm.SPECIALS, s.vocab_size, (s.batch, s.positions))
+    zeros = np.zeros_like(tokens)
+    masked = alignmlm.mask_tokens(tokens, s, rng)
+    batch = alignmlm.Batch(*masked, zeros, zeros + np.arange(s.positions))
+    batch = batch.to(torch.get_default_device())
+    targets = torch.full_like(batch.tokens, -100).scatter_(1, batch.masked, batch.labels)
+    ours = alignmlm.MaskedLM(s)
+    with tempfile.TemporaryDirectory() as folder:
+        alignmlm.to_hf(ours, folder)
+        theirs = RobertaForMaskedLM.from_pretrained(folder).to(batch.tokens.device)
+
+    def step(optimizer, loss):
+        with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+            value = loss()[0]
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [value.detach()]
+
+    truth = ours.double()(batch)[0].detach()
+    ours.float()
+    calls = {"ours": partial(step, AdamW(ours.parameters()), lambda: ours(batch))}
+    calls["transformers"] = partial(
+        step, AdamW(theirs.parameters()), lambda: theirs(batch.tokens, labels=targets))
+    return calls, [truth]
+
+
+def peak_memory(call):
+    """MiB that a call takes at most, beyond what is allocated before it."""
+    if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events))
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0)) / 2**20
 
 
-def take_turns(calls, repeats, device):
-    """Milliseconds of each call, name -> [repeats], after three to warm up. They take turns, so
-    that a busy machine is busy for all."""
-    times = {name: [] for name in calls}
-    for _ in range(3 + repeats):
-        for name, call in calls.items():
+def measure(shape, chosen, repeats, deadline):
+    """Print the rows of the table for one shape, a contestant each."""
+    kind, *sizes = shape.replace("x", ":").split(":")
+    contests = {"mlm": masked_lm_contest, "align": alignment_contest, "step": step_contest}
+    calls, truth = contests[kind](*map(int, sizes))
+    rows = {}
+    for name in chosen or calls:
+        try:
+            # The first call compiles, and its results are checked.
+            errors = [0.0]
+            for value, exact in zip(calls[name](), truth, strict=False):
+                if value is not None:
+                    errors.append(float((value.double() - exact).norm() / exact.norm()))
+            rows[name] = peak_memory(calls[name]), max(errors), []
+        except Exception as failure:  # It may not be made for this device or this shape.
+            print(f"| {shape} | {name} | failed: {str(failure)[:80]} | | | | |")
+    for _ in range(repeats):
+        for name, (_, _, turns) in rows.items():
             start = time.perf_counter()
-            call()
-            if device != "cpu":
+            calls[name]()
+            if CUDA:
                 torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: ms[3:] for name, ms in times.items()}
-
-
-def rooflines():
-    """Bytes a second of a large copy, read and written, and operations of a large bf16 product."""
-    from triton import testing  # where there is CUDA
-
-    source = torch.randint(256, (1 << 32,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    copy = testing.do_bench(lambda: target.copy_(source), rep=500, return_mode="median")
-    product = testing.do_bench(lambda: a @ b, rep=500, return_mode="median")
-    return {"alignment": 2e3 * source.numel() / copy, "masked_lm": 2e3 * 8192**3 / product}
-
-
-def measure_gpu(shape):
-    """Rows of results: milliseconds at three quantiles, bytes beyond the inputs, roofline share."""
-    from triton import testing
-
-    kernel, size, D, V = shape
-    case = make(*shape, "cuda", torch.bfloat16 if kernel == "masked_lm" else torch.float32)
-    # Three products of N rows, or 2K rows of fp32 read and written.
-    work = 6 * round(MASKED * size) * D * V if kernel == "masked_lm" else 4 * size * D * 4
-    torch.compiler.reset()  # or it gives up after 8 shapes
-    for name, loss in contestants(kernel, True).items():
-        call = partial(step, loss, case)
-        for _ in range(3):  # compiles, makes indices
-            call()
-        extra = peak_memory(call, "cuda")
-        # Microseconds of work would be timed by their launches: these are replayed from a graph.
-        bench = testing.do_bench if kernel == "masked_lm" else testing.do_bench_cudagraph
-        ms = bench(call, rep=500, quantiles=[0.2, 0.5, 0.8])
-        yield {"name": name, "ms": ms, "extra_bytes": extra, "rate": work / ms[1] * 1e3}
-
-
-def measure_cpu(shape):
-    """Rows of results, as of `measure_gpu`, without a roofline."""
-    case = make(*shape, "cpu", torch.float32)
-    calls = {k: partial(step, loss, case) for k, loss in contestants(shape[0], False).items()}
-    for name, ms in take_turns(calls, 9, "cpu").items():
-        low, *_, high = statistics.quantiles(ms, n=5)
-        yield {"name": name, "ms": [low, statistics.median(ms), high],
-               "extra_bytes": peak_memory(calls[name], "cpu")}  # fmt: skip
+            turns.append(1e3 * (time.perf_counter() - start))
+        if time.monotonic() > deadline:  # A run that is cut short has fewer turns.
+            break
+    for name, (mib, error, turns) in rows.items():
+        ms = " | ".join(f"{f(turns):,.2f}" for f in (min, statistics.median, max))
+        print(f"| {shape} | {name} | {ms} | {mib:,.0f} | {error:.0e} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--shapes", nargs="+", default=[*SIZES.split(), "step"])
+    parser.add_argument("--peers", nargs="+")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    roofs = rooflines() if cuda else {}
-    report = {"device": device, "torch": torch.__version__, "roofs": roofs, "rows": []}
-    print(device, *(f"{kernel}: roof {roof:.4g}/s" for kernel, roof in roofs.items()), sep="; ")
-    shapes = GPU_SHAPES if cuda else CPU_SHAPES
-    axes = Figure(figsize=(8, 1 + 0.6 * len(shapes)), layout="constrained").subplots()
-    for at, shape in enumerate(shapes):
-        rows = list(measure_gpu(shape) if cuda else measure_cpu(shape))
-        for place, row in enumerate(rows):
-            row |= {"shape": shape, "of_ours": row["ms"][1] / rows[0]["ms"][1]}
-            row |= {"of_roof": row["rate"] / roofs[shape[0]]} if cuda else {}
-            print("{} {:,} x {} x {:,}".format(*shape), f"{row['name']:10}",
-                  "{:.3f} {:.3f} {:.3f} ms".format(*row["ms"]), f"{row['of_ours']:.2f} of ours",
-                  f"{row['extra_bytes'] / 2**20:,.0f} MiB",
-                  f"{row['rate']:.3g}/s, {row['of_roof']:.0%} of the roof" if cuda else "",
-                  sep="  ", flush=True)  # fmt: skip
-            axes.barh(at + 0.13 * place, row["of_ours"], 0.12, color=f"C{place}",
-                      label=row["name"] if at == 0 else None)  # fmt: skip
-        report["rows"] += rows
-    axes.set_yticks(range(len(shapes)), ["{}\n{:,} x {} x {:,}".format(*s) for s in shapes])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"time, as a multiple of ours ({device})")
-    axes.legend()
-    path = options.out / ("kernels-gpu" if cuda else "kernels-cpu")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    axes.figure.savefig(path.with_suffix(".png"), dpi=120)
+    deadline = time.monotonic() + 60 * options.minutes
+    torch.set_default_device("cuda" if CUDA else "cpu")
+    device = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}\n")
+    print("| shape | contestant | fastest ms | median | slowest | extra MiB | error |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    for shape in options.shapes:
+        if time.monotonic() < deadline:
+            measure(shape, options.peers, options.repeats, deadline)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ bf16, 9.4 GB at N = 19,661, V = 80,000. Here p takes 0.5 GB, whatever N is, and 
 chunks' dweight in fp32 4 V D bytes, 0.16 GB at D = 512.
 
 Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88, and most logits are well within 60 of 0. Up to
-e^60, a sum of 2^20 exponentials (e^14), times values up to a million (e^14), stays in range; down to
+e^60, a sum of 2^20 exponentials (e^14), times values up to a million (e^14), is in range; down to
 e^-60, a word that underflows has less than e^-27 of its row's largest exponential, and is lost in
 rounding anyway. A row whose maximum is beyond is repaired: exp_kernel runs again with that maximum
 as the row's reference, which it subtracts, and skips blocks of rows that need no repair.

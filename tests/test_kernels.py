@@ -34,7 +34,6 @@ FUSED = kernels.fused
 of_kernels = pytest.mark.skipif(not ON_KERNELS, reason="of the kernels only")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 DTYPES = list(TOLERANCE)[ON_KERNELS:]  # the kernels have no float64
-HALF_AND_FULL = [torch.float32, torch.bfloat16]
 FOUR = "loss", "dhidden", "dweight", "dbias"
 property_test = settings(max_examples=6 if INTERPRETED else 50, derandomize=True, deadline=None,
                          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
@@ -179,10 +178,13 @@ def test_a_label_that_cannot_be_costs_infinity_and_gives_no_nan():
     assert_close(found, expected_masked_lm(hidden, weight, bias, labels), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("dtype", DTYPES)
 @of_kernels
 def test_the_gradient_of_a_rows_logits_sums_to_zero(dtype):
-    """As when training begins: all words alike, and their sum, 511, one that bf16 rounds. B8."""
+    """As when training begins: all words alike, and their sum, 511, one that bf16 rounds. B8.
+
+    fp16, whose exponentials are kept in bf16 too, shows in dweight and dbias what bf16 rounds away.
+    """
     hidden, weight, bias, labels = case(64, 16, 512, dtype, scale=0.0)
     hidden[:, 0], weight[:, 0], hidden[:, 1] = 0.0, 1.0, 1.0
     _, dhidden, dweight, dbias = masked_lm(hidden, weight, bias, labels)
@@ -416,8 +418,8 @@ def test_a_second_derivative_is_refused():
     weight.requires_grad_()
     pairs = one_to_one(100, 30)
     for loss in (masked_lm_loss(hidden, weight, bias, labels), alignment_loss(weight, pairs)):
-        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
-        with pytest.raises(RuntimeError, match="does not require grad"):
+        (gradient,) = torch.autograd.grad(loss**2, weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
 
 
@@ -505,7 +507,7 @@ def test_where_the_kernels_run(monkeypatch):
             return FUSED(SimpleNamespace(**facts))
 
     assert runs() and runs(major=10) and runs(dtype=torch.float32) and runs(dtype=torch.float16)
-    assert not runs(is_cuda=False)
+    assert not runs(is_cuda=False) and not runs(major=8)
     assert not runs(hip="6.4")  # B2
     assert not runs(major=8, shared_memory_per_block_optin=163 << 10)  # sm_80: B3, B4
     assert not runs(major=8, shared_memory_per_block_optin=99 << 10)  # sm_89
