@@ -231,9 +231,9 @@ class Node:
     entity: str = "O"
 
 
+# A list of options, each as often as its weight says and split in its names.
 @cache
 def parse_options(text):
-    """A list of options, each as often as its weight says and split in its names."""
     options = []
     for option in text.split(" | "):
         names, _, weight = option.partition("*")
@@ -241,9 +241,9 @@ def parse_options(text):
     return options
 
 
+# The forms of a word of an open class, and its company. They depend on nothing else.
 @cache
 def open_word(name, topic, rank):
-    """The forms of a word of an open class, and its company. They depend on nothing else."""
     tag, _, *endings = OPEN_CLASSES[name].split()
     rng = random.Random(f"{STEMS.get(name, name)} {topic} {rank}")
     # The most frequent word of a topic has one syllable, and the others have two.
@@ -258,15 +258,15 @@ def zipf(rng, size):
     return int((size + 1) ** rng.random()) - 1
 
 
+# Makes a node that word of its open class.
 def rename(node, rank, topic):
-    """Makes a node that word of its open class."""
     node.rank, node.topic = rank, topic
     node.forms, node.company = open_word(node.name, topic, rank)
     return node
 
 
+# The word at the top of a phrase. Ranks follow Zipf's law.
 def make_word(rng, topic, name, deprel, head):
-    """The word at the top of a phrase. Ranks follow Zipf's law."""
     word, _, upos = name.partition("/")
     node = Node(name, deprel, head, topic, upos=upos, forms=[word])
     node.depth = head.depth + (deprel in RECURSIVE)
@@ -274,6 +274,7 @@ def make_word(rng, topic, name, deprel, head):
     # These agree with their heads: they were, these dogs, dogs that were.
     if name == "who" or deprel in ("det", "aux", "cop", "acl:relcl"):
         node.plural = head.plural
+    # Of a closed class the frequent words come first; an open one has a topic's words by rank.
     if name in CLOSED_CLASSES:
         node.upos, _, words = CLOSED_CLASSES[name].partition(": ")
         words = words.split(" / ")[-1 if node.plural else 0].split()
@@ -281,6 +282,7 @@ def make_word(rng, topic, name, deprel, head):
     if name in OPEN_CLASSES:
         node.upos, size, *_ = OPEN_CLASSES[name].split()
         rank = zipf(rng, int(size))
+        # Most often the head's favourites are the frequent ones, and the topic stays.
         if rng.random() < 0.6:
             rank += head.company
         if rng.random() >= 0.85:
@@ -288,6 +290,7 @@ def make_word(rng, topic, name, deprel, head):
         rename(node, rank % int(size), node.topic)
     if node.upos == "PROPN":
         node.plural = False
+    # An auxiliary decides the form of its verb; without one it is present or past.
     if name in VERB_FORMS and head.upos == "VERB":
         head.form = VERB_FORMS[name]
     past = rng.random() >= 0.55
@@ -296,8 +299,10 @@ def make_word(rng, topic, name, deprel, head):
     return node
 
 
+# The words of a random phrase. Phrases stand side by side, so the trees are projective.
 def make_phrase(rng, topic, options, deprel, head):
-    """The words of a random phrase. Phrases stand side by side, so the trees are projective."""
+    # Options lead to options until the first name is a class or a word. The rules of an inner
+    # option come before those of the outer one.
     name, rules = "", []
     while not name or name in PHRASES:
         names = rng.choices(parse_options(PHRASES.get(name, options)))[0]
@@ -305,6 +310,7 @@ def make_phrase(rng, topic, options, deprel, head):
         rules = new + rules
         name = names[0]
     top = make_word(rng, topic, name, deprel, head)
+    # Each dependent is a phrase of its own, put on one of the two sides of the top word.
     before, after = [], []
     for rule in filter(None, rules):
         chance, places, relation, dependent = rule.split(maxsplit=3)
@@ -330,8 +336,8 @@ def make_phrase(rng, topic, options, deprel, head):
     return nodes
 
 
+# Marks the phrase of a name as one entity. An outer name overrules those inside it.
 def mark_entity(nodes, top):
-    """Marks the phrase of a name as one entity. An outer name overrules those inside it."""
     prefix = "B-"
     for node in nodes:
         # What joins the name to the rest of the sentence is no part of it: "near Paris".
@@ -340,8 +346,8 @@ def mark_entity(nodes, top):
             prefix = "I-"
 
 
+# The words of a sentence. Some topics are more frequent than others.
 def make_clause(rng, options):
-    """The words of a sentence. Some topics are more frequent than others."""
     topic = int(TOPICS * rng.random() ** 2)
     return make_phrase(rng, topic, options, "root", Node("", "", None, topic))
 
@@ -434,11 +440,13 @@ def generate_inferences(n, seed=0):
     labels = []
     for _ in range(n):
         nodes = make_clause(rng, "act claim")
+        # Three adjectives, so that there is one to oppose and there are two to omit.
         for _ in range(3):
             describe(rng, nodes)
         if rng.random() < 0.2:
             negate(rng, nodes)
         premise = make_sentence(nodes)
+        # The length is drawn before the label, and so cannot tell it.
         size = len(nodes) - rng.choice([1, 2])
         labels = labels or rng.sample(INFERENCES, 3)
         label = labels.pop()
@@ -488,8 +496,9 @@ class Reordering:
         return replace(reorder(sentence, np.argsort(places).tolist()), entities=entities)
 
 
+# The words that stood at `places`, with all their labels.
 def reorder(sentence, places):
-    """The words that stood at `places`, with all their labels."""
+    # All lists are moved alike. Then heads are renumbered and BIO prefixes put right.
     moved = replace(sentence)
     for name, column in vars(sentence).items():
         if column is not None:
@@ -502,15 +511,16 @@ def reorder(sentence, places):
     return moved
 
 
+# BIO tags in a new order. An entity that comes apart becomes several, and each begins with B-: the
+# authors' code leaves an I- before its B- after an inversion.
 def move_entities(tags, places):
-    """BIO tags in a new order. An entity that comes apart becomes several, and each begins with B-:
-    the authors' code leaves an I- before its B- after an inversion."""
     numbers, entity, previous = [], 0, "O"
     for tag in tags:
         # An I- tag that continues nothing of its type begins an entity, as in CoNLL-2003.
         entity += tag.startswith("B-") or tag[1:] != previous[1:]
         numbers.append(entity)
         previous = tag
+    # Neighbours that were of one entity are so still.
     moved, last = [], 0
     for old in places:
         prefix = "I" if numbers[old] == last else "B"
@@ -567,8 +577,8 @@ for _kind, _row in SOV_ROWS.items():
     SOV.update(f"{_kind} {first} {second}" for first, second in combinations(_row.split(), 2))
 
 
+# For each word the places of it and of its dependents, from left to right; last the root's.
 def rows_of(heads):
-    """For each word the places of it and of its dependents, from left to right; last the root's."""
     rows = [[] for _ in range(len(heads) + 1)]
     for word, head in enumerate(heads):
         rows[word].append(word)
@@ -576,8 +586,8 @@ def rows_of(heads):
     return rows
 
 
+# All words that hang from the root, in the order of the rows. A phrase is in one piece.
 def read_off(rows):
-    """All words that hang from the root, in the order of the rows. A phrase is in one piece."""
     order, opened, stack = [], set(), rows[-1][::-1]
     while stack:
         word = stack.pop()
@@ -590,9 +600,9 @@ def read_off(rows):
     return order
 
 
+# The rows of nouns and verbs: head, kind, and what each word is to the head, {3: "amod/ADJ"}.
+# Punctuation does not move. Subtypes of relations are left out, as treebanks differ in them.
 def moving_rows(sentence):
-    """The rows of nouns and verbs: head, kind, and what each word is to the head, {3: "amod/ADJ"}.
-    Punctuation does not move. Subtypes of relations are left out, as treebanks differ in them."""
     if None in (sentence.upos, sentence.heads):
         raise InputError("syntax needs tags and trees; give CoNLL-U that has UPOS and HEAD")
     for head, row in enumerate(rows_of(sentence.heads)[:-1]):
@@ -605,8 +615,8 @@ def moving_rows(sentence):
         yield head, kind, items
 
 
+# The keys of an order model for a pair of items: without tags and with them.
 def keys_of(kind, first, second):
-    """The keys of an order model for a pair of items: without tags and with them."""
     relations = [item.partition("/")[0] for item in (first, second)]
     return " ".join([kind, *relations]), f"{kind} {first} {second}"
 
@@ -621,8 +631,8 @@ def learn_order(sentences):
     return model
 
 
+# Of the first item before the second. What is known without tags counts as one observation.
 def log_odds(model, kind, first, second):
-    """Of the first item before the second. What is known without tags counts as one observation."""
     p = 0.5
     keys, reverse_keys = keys_of(kind, first, second), keys_of(kind, second, first)
     for key, reverse in zip(keys, reverse_keys, strict=True):
@@ -631,9 +641,10 @@ def log_odds(model, kind, first, second):
     return math.log(p / (1 - p))
 
 
+# The places of a row's items in the order of the model's language. More than 7 stand in the order
+# of how much each wants to be before all the others.
 def arrange(model, kind, items):
-    """The places of a row's items in the order of the model's language. More than 7 stand in the
-    order of how much each wants to be before all the others."""
+    # A head may have hundreds of dependents, but these are of few kinds.
     odds = {pair: log_odds(model, kind, *pair) for pair in product(set(items), repeat=2)}
     if len(items) <= 7:
         return best_order(tuple(odds[pair] for pair in product(items, repeat=2)), len(items))
@@ -643,9 +654,9 @@ def arrange(model, kind, items):
     return sorted(range(len(items)), key=lambda place: -round(wish[items[place]], 9))
 
 
+# Of all orders that in which the log-odds add up to the most; of equals, the given one.
 @cache
 def best_order(odds, size):
-    """Of all orders that in which the log-odds add up to the most; of equals, the given one."""
 
     def score(order):
         return round(sum(odds[a * size + b] for a, b in combinations(order, 2)), 9)
@@ -653,11 +664,12 @@ def best_order(odds, size):
     return max(permutations(range(size)), key=score)
 
 
+# Subtrees move as wholes, and one with gaps is drawn together. Punctuation keeps its place in its
+# row, so that a final '.' stays final.
 def syntax_order(sentence, context):
-    """Subtrees move as wholes, and one with gaps is drawn together. Punctuation keeps its place in
-    its row, so that a final '.' stays final."""
     rows = rows_of(sentence.heads or [])
     for head, kind, items in moving_rows(sentence):
+        # The places of the row that are not punctuation's take the items in their best order.
         moving = list(items)
         best = iter(arrange(context.order, kind, list(items.values())))
         rows[head] = [moving[next(best)] if word in items else word for word in rows[head]]
@@ -708,25 +720,28 @@ WORD = regex.compile(
     r"(?w)(?:Mr|Mrs|Ms|Dr|St)\.|\.{2,}|-{2,}|[\u2800-\u28ff]+|\p{Line_Break=Complex_Context}+"
     r"|\w.*?\b(?:[-'\u2019]\w.*?\b)*|\S.*?\b"
 )
-# A sentence ends with a mark, closing quotes and white space, if no lower case comes next; with a
-# full-width mark, which takes no space after it; or with its line.
+# A sentence ends with marks, closing quotes and white space, if no lower case comes next; with
+# marks of which one is full-width, as these take no space after them; or with its line.
 SENTENCE = regex.compile(
-    r"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))(?:[\p{Sentence_Terminal}…]++[\"'»)\u201d\u2019]*+\s++(?!\p{Ll})"
-    r"|[\u3002\uff01\uff1f\uff61]++[\"'»\u201d\u2019\u300d\u300f\uff09]*+\s*+)|.+"
+    r"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))[\p{Sentence_Terminal}…]++[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
+    r"(?:\s++(?!\p{Ll})|(?<=[\u3002\uff01\uff1f\uff61][\p{Sentence_Terminal}…]*\p{P}*)\s*+)|.+"
 )
 MULTIWORD = regex.compile(r"\d+[-.]\d+")  # or an empty node
 CONLLU_ROW = regex.compile(r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )")
 ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")  # an item of MISC
 BIO_TAG = regex.compile(r"[O-]|[BI]-\S+")
-SCHEMES = {"S": "IOBES", "E": "IOBES", "U": "BILOU", "L": "BILOU"}
-GAP = regex.compile(r"[\s,\[\]]*")  # between objects of JSON
+# By the first letter of a tag that cannot be read.
+SCHEMES = {"S": "IOBES", "E": "IOBES", "U": "BILOU", "L": "BILOU", "B": "B and I without types"}
+GAP = regex.compile(r"[\s,\[\]]*")
 UNLABELLED = ("-", "-1", "")
 LABELS = {**dict(zip("012", INFERENCES, strict=True)), "contradictory": "contradiction"}
 
 
+# Pairs of "file:line" and a line of a UTF-8 file or, for `-`, of standard input. Lines of more than
+# `limit` bytes come in pieces. A byte order mark at the beginning is dropped.
 def read_lines(path, limit=-1):
-    """Pairs of "file:line" and a line of a UTF-8 file or, for `-`, of standard input. Lines of more
-    than `limit` bytes come in pieces. A byte order mark at the beginning is dropped."""
+    # Bytes are split at "\n" and nowhere else: text may hold other characters that end lines. The
+    # decoder keeps a character whose bytes lie in two pieces.
     number = 1
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
@@ -742,8 +757,8 @@ def read_lines(path, limit=-1):
         raise InputError(message) from None
 
 
+# The sentences that have words. Raises InputError if there are none.
 def nonempty(path, sentences):
-    """The sentences that have words. Raises InputError if there are none."""
     empty = True
     for sentence in sentences:
         if sentence.words:
@@ -761,15 +776,17 @@ def read_text(path):
 def split_text(lines):
     rest = ""
     for _, piece in chain(lines, [("", "\n")]):
-        texts = SENTENCE.findall(rest + piece)
+        *texts, rest = SENTENCE.findall(rest + piece) or [""]
         # The last one may go on in the next piece of its line.
-        rest = "" if piece.endswith("\n") else texts.pop()
+        if piece.endswith("\n"):
+            texts.append(rest)
+            rest = ""
         for text in texts:
             yield Sentence(WORD.findall(text))
 
 
+# What stands between blank lines, as lists of (place, line).
 def blocks_of(lines):
-    """What stands between blank lines, as lists of (place, line)."""
     for filled, block in groupby(lines, key=lambda pair: bool(pair[1].strip())):
         if filled:
             yield [(place, line.rstrip("\r\n")) for place, line in block]
@@ -782,9 +799,9 @@ class Tree(Sentence):
     rows: list[list[str]] | None = None
 
 
+# The Tree of a block of CoNLL-U, and its lines that are no words: comments, multi-word tokens and
+# empty nodes.
 def parse_block(block):
-    """The Tree of a block of CoNLL-U, and its lines that are no words: comments, multi-word tokens
-    and empty nodes."""
     rows, others = [], []
     for place, line in block:
         columns = line.split("\t")
@@ -806,12 +823,13 @@ def parse_block(block):
     return tree, others
 
 
+# Checks the rows of a Tree and takes its words and labels from them.
 def fill_tree(tree, place):
-    """Checks the rows of a Tree and takes its words and labels from them."""
     columns = np.array(tree.rows, object).T.tolist()
     tree.words, upos, heads, misc = columns[1], columns[3], columns[6], columns[9]
     if len(upos) > 1 and set(tree.words) == {"_"}:
         raise InputError(f"{place}: the text has been taken out; get it from its publisher")
+    # A column that is all `_` is absent.
     if set(upos) != {"_"}:
         tree.upos = upos
     if set(heads) != {"_"}:
@@ -819,6 +837,7 @@ def fill_tree(tree, place):
         if wrong:
             raise InputError(f"{place}: head {min(wrong)!r}; give 0 or the number of a word")
         tree.heads, tree.deprels = [int(head) for head in heads], columns[7]
+        # All words of a tree are reached from its root. Others are in a cycle.
         if heads.count("0") != 1 or len(read_off(rows_of(tree.heads))) < len(heads):
             raise InputError(f"{place}: no tree; let all heads lead to one word, whose head is 0")
     tags = [ENTITY.search(cell) for cell in misc]
@@ -834,8 +853,8 @@ def read_conllu(path):
         yield Sentence(tree.words, tree.upos, tree.heads, tree.deprels, tree.entities)
 
 
+# Whether the lines are CoNLL-U, by the first that is no comment; and all the lines again.
 def peek(lines):
-    """Whether the lines are CoNLL-U, by the first that is no comment; and all the lines again."""
     seen = []
     for place, line in lines:
         seen.append((place, line))
@@ -849,8 +868,8 @@ def looks_like_conllu(path):
     return peek(read_lines(path))[0]
 
 
+# Columns are split by tabs, or else by spaces. Other white space belongs to the words.
 def split_row(line):
-    """Columns are split by tabs, or else by spaces. Other white space belongs to the words."""
     line = line.rstrip(" \t")
     return line.split("\t") if "\t" in line else regex.split(" +", line.lstrip(" "))
 
@@ -869,7 +888,9 @@ def bio_sentences(lines):
     first = list(islice(blocks, 100))
     rows = [split_row(line) for _, line in chain(*first) if not line.startswith("#")]
     widths = {len(row) for row in rows}
+    # The first column is an index if it is a number in all rows, and the word is in the next one.
     word = int(all(row[0].isdecimal() and len(row) > 2 for row in rows))
+    # The tag stands right after the word if nothing but tags does, and else at the end.
     after = {row[word + 1] for row in rows if len(row) > word + 1} - {"-"}
     tag = word + 1 if after and all(map(BIO_TAG.fullmatch, after)) else -1
     for block in chain(first, blocks):
@@ -878,12 +899,13 @@ def bio_sentences(lines):
             row = split_row(line)
             cell = row[tag] if len(row) > word + 1 else ""
             readable = BIO_TAG.fullmatch(cell) and row[word]
-            # "# O" is a word if the other rows are of two columns too, and "# id" is a comment.
+            # "# O" is a word where other rows have two columns too. Else a `#` begins a comment.
             if line.startswith("#") and not (readable and word == 0 and len(row) in widths):
                 continue
             if not readable:
-                scheme = SCHEMES.get(cell[:1], "no scheme that is read")
-                raise InputError(f"{place}: {cell!r} is of {scheme}; give a word and O, B-X or I-X")
+                scheme = SCHEMES.get(cell[:1], "no known one")
+                message = f"{place}: tag {cell!r} (scheme: {scheme}); give a word and O, B-X or I-X"
+                raise InputError(message)
             sentence.words.append(row[word])
             sentence.entities.append("O" if cell == "-" else cell)
         yield reorder(sentence, range(len(sentence.words)))
@@ -893,8 +915,8 @@ def bio_sentences(lines):
 COLUMNS = [("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"), ("gold_label", "label")]
 
 
+# Rows of a tab-separated table with a header, where quotes are text.
 def table_rows(path, text):
-    """Rows of a tab-separated table with a header, where quotes are text."""
     header = []
     for number, line in enumerate(text.split("\n"), start=1):
         cells = line.rstrip("\r").split("\t")
@@ -906,11 +928,12 @@ def table_rows(path, text):
             raise InputError(f"{path}:{number}: {len(cells)} columns; the header has {len(header)}")
 
 
+# Objects of JSON: in an array, one a line, or one over many lines.
 def json_rows(path, text):
-    """Objects of JSON: in an array, one a line, or one over many lines."""
     text = text.rstrip("] \t\r\n")
     decoder, at, number = json.JSONDecoder(), 0, 1
     while at < len(text):
+        # Between the objects of an array stand brackets and commas, which tell nothing.
         start = GAP.match(text, at).end()
         number += text.count("\n", at, start)
         try:
@@ -963,11 +986,12 @@ def read_inferences(path, language="en"):
 # the places of comments between words, second blank lines, and line ends other than Unix's.
 
 
+# What `transform_block` puts before MISC.
 NOTE = regex.compile(r"^(?:Entity=[^|]+\|)?Old=(\d+)\|?")
 
 
+# The lines of a Tree with its present words and heads, and the blank line after it.
 def format_conllu(tree, comments, misc):
-    """The lines of a Tree with its present words and heads, and the blank line after it."""
     lines = []
     for number, columns in enumerate(tree.rows):
         head = columns[6] if tree.heads is None else tree.heads[number]
@@ -978,31 +1002,36 @@ def format_conllu(tree, comments, misc):
     return [*sorted(comments + lines, key=lambda line: float(number.match(line)[0] or 0)), ""]
 
 
+# The lines of a block of CoNLL-U after the named transformations.
 def transform_block(block, names, **context):
-    """The lines of a block of CoNLL-U after the named transformations."""
     tree, others = parse_block(block)
     try:
         tree, _ = transform(tree, names if tree.words else [], **context)
     except InputError as error:
         raise InputError(f"{block[0][0]}: {error}") from None
     comments = [f"# transform = {'+'.join(names)}", f"# text = {' '.join(tree.words)}"]
+    # What would be taken for the new sentence's own is marked as old.
     for line in others:
         comments.append(line if regex.match("#(?! text| transform|old)", line) else f"#old{line}")
+    # MISC begins with what is new. `read_conllu` takes the first of two entity tags.
     misc = [f"Old={row[0]}|{row[9]}".removesuffix("|_") for row in tree.rows]
     if tree.entities is not None:
         misc = [f"Entity={tag}|{cell}" for tag, cell in zip(tree.entities, misc, strict=True)]
     return format_conllu(tree, comments, misc)
 
 
+# The lines of the block that `transform_block` was given.
 def restore_block(block):
-    """The lines of the block that `transform_block` was given."""
     tree, others = parse_block(block)
     try:
         names = parse_transform(others[0].removeprefix("# transform = "))
         old = [int(NOTE.match(row[9])[1]) for row in tree.rows]
-        # The order comes back at once by the old places; then the steps restore the words alone.
+        # By the old places the order comes back at once, with heads and rows.
         tree = reorder(tree, np.argsort(old).tolist())
+        if sorted(old) != list(range(1, len(old) + 1)):
+            raise ValueError
         misc = [NOTE.sub("", row[9]) or "_" for row in tree.rows]
+        # What is left of the steps is the spelling, so these ones reorder nothing.
         nowhere = range(len(old)), None
         tree.words = restore(Sentence(tree.words), [(name, nowhere) for name in names]).words
     except (ValueError, IndexError, TypeError):
@@ -1016,6 +1045,8 @@ def transform_file(args):
         context["order"] = learn_order(read_conllu(args.order))
     is_conllu, lines = peek(read_lines(args.file, limit=2**24))
     if not is_conllu:
+        if "syntax" in names:
+            raise InputError(f"{args.file}: plain text has no trees for syntax; give CoNLL-U")
         for index, sentence in enumerate(nonempty(args.file, split_text(lines))):
             yield " ".join(transform(sentence, names, index=index, **context)[0].words)
     for index, block in enumerate(blocks_of(lines)):
@@ -1030,8 +1061,9 @@ def restore_file(args):
         yield from restore_block(block)
 
 
+# The built-in language and its derivative in CoNLL-U and as text, and their dictionary.
 def generate_files(args):
-    """The built-in language and its derivative in CoNLL-U and as text, and their dictionary."""
+    parse_transform(args.transform)  # An unknown name is told before anything is written.
     args.file = f"{args.out}/original.conllu"
     sentences = generate(args.sentences, args.seed)
     write(args.file, chain.from_iterable(map(format_sentence, sentences)))
@@ -1044,8 +1076,8 @@ def generate_files(args):
     write(f"{args.out}/dictionary.tsv", dictionary)
 
 
+# A sentence of the built-in language in CoNLL-U.
 def format_sentence(sentence):
-    """A sentence of the built-in language in CoNLL-U."""
     yield f"# text = {' '.join(sentence.words)}"
     for number, word in enumerate(sentence.words):
         upos, head = sentence.upos[number], sentence.heads[number]
@@ -1054,11 +1086,14 @@ def format_sentence(sentence):
     yield ""
 
 
+# Writes lines to a file that takes its name when it is complete.
 def write(path, lines):
-    """Writes lines to a file that takes its name when it is complete."""
     path = Path(path).resolve()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        # Nothing takes the place of a pipe or a device: /dev/stdout stays what it is.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: no regular file; give another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8", newline="") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -1066,7 +1101,8 @@ def write(path, lines):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a place that can be written") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 class Parser(argparse.ArgumentParser):
@@ -1086,6 +1122,8 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="of generate and permute")
     try:
         args = parser.parse_intermixed_args(arguments)
+        if args.sentences < 1:
+            raise InputError("--sentences below 1; give how many to generate")
         if args.command == "generate":
             generate_files(args)
         else:
