@@ -12,32 +12,30 @@ The measures are the paper's, in percent:
     Delta       BZ - BS, what zero-shot costs
     BZ rotated  BZ after `alignmlm.rotate`, for which nothing more is trained
     alignment   the share of original words whose nearest derived word is their counterpart
-
-The file goes from the tasks to fine-tuning, to the report, to the grid and the command line.
 """
 
+import argparse
 import copy
-import dataclasses
-import io
-import itertools
 import json
 import math
 import os
 import sys
 import warnings
 from collections import Counter
+from dataclasses import asdict, replace
+from io import StringIO
+from itertools import chain, product, zip_longest
 from pathlib import Path
+from statistics import mode
 
 import joblib
-import matplotlib
 import numpy as np
 import pandas as pd
-import scipy.stats
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+from matplotlib.figure import Figure
+from scipy.stats import permutation_test, spearmanr
 from tqdm import tqdm
 
 import synth_lang
@@ -47,63 +45,57 @@ from alignmlm import from_hf, make_dictionary, rotate, words_of_both, write_file
 
 SILENT = -100  # the label of a token at which nothing is asked
 TUNE_BATCH = 32  # rows in a step of fine-tuning, as in the paper
-COLUMNS = ["source", "BS", "BZ", "Delta", "BZ rotated"]
+GRID_SETTINGS = "transform", "objective", "seed"  # what every grid varies
+COLUMNS = ["source", "BS", "BZ", "Delta", "BZ rotated"]  # of a report, with the following
 COLUMNS += ["alignment all", "alignment outside", "alignment outside rotated"]
-BASELINES = {
-    "chance": "Always saying the commonest label",
-    "words alone": "A bag of words without a model (naive Bayes)",
-}
 
-# The paper's numbers, of English.
+# The paper's numbers, of English: XNLI, WikiANN, and Universal Dependencies.
 PUBLISHED = """
-transform            objective  nli_BS nli_BZ  ner_BS ner_BZ  pos_BS pos_BZ  alignment
-transliterate        MLM          76.4   74.9    80.6   78.0    95.0   94.6       90.0
-transliterate+invert MLM          73.9   56.7    79.2   35.9    95.0   56.5        0.3
-transliterate+syntax MLM          73.5   69.0    71.3   52.3    93.6   91.6       57.3
-transliterate        XLM          77.3   77.5    80.8   79.7    95.0   94.8       97.7
-transliterate+invert XLM          75.4   67.2    80.0   60.7    95.0   61.8       85.6
-transliterate+syntax XLM          76.1   74.1    71.5   59.6    93.7   92.7       98.6
-transliterate        DICT-MLM     77.0   75.9    79.3   78.3    95.1   94.8       95.7
-transliterate+invert DICT-MLM     74.5   65.3    79.1   59.8    95.0   76.0       64.2
-transliterate+syntax DICT-MLM     74.3   72.2    71.4   57.6    93.6   92.6       93.7
-transliterate        ALIGN-MLM    75.1   75.5    79.4   78.6    94.9   94.8       98.4
-transliterate+invert ALIGN-MLM    75.5   68.8    80.0   64.5    95.0   92.0       95.2
-transliterate+syntax ALIGN-MLM    74.7   71.1    71.3   58.3    93.7   92.9       98.2
+transform         objective paper_nli_BS nli_BZ paper_ner_BS ner_BZ paper_pos_BS pos_BZ alignment
+transliterate        MLM            76.4   74.9         80.6   78.0         95.0   94.6      90.0
+transliterate+invert MLM            73.9   56.7         79.2   35.9         95.0   56.5       0.3
+transliterate+syntax MLM            73.5   69.0         71.3   52.3         93.6   91.6      57.3
+transliterate        XLM            77.3   77.5         80.8   79.7         95.0   94.8      97.7
+transliterate+invert XLM            75.4   67.2         80.0   60.7         95.0   61.8      85.6
+transliterate+syntax XLM            76.1   74.1         71.5   59.6         93.7   92.7      98.6
+transliterate        DICT-MLM       77.0   75.9         79.3   78.3         95.1   94.8      95.7
+transliterate+invert DICT-MLM       74.5   65.3         79.1   59.8         95.0   76.0      64.2
+transliterate+syntax DICT-MLM       74.3   72.2         71.4   57.6         93.6   92.6      93.7
+transliterate        ALIGN-MLM      75.1   75.5         79.4   78.6         94.9   94.8      98.4
+transliterate+invert ALIGN-MLM      75.5   68.8         80.0   64.5         95.0   92.0      95.2
+transliterate+syntax ALIGN-MLM      74.7   71.1         71.3   58.3         93.7   92.9      98.2
 """
-PUBLISHED = pd.read_csv(io.StringIO(PUBLISHED), sep=r"\s+", index_col=["transform", "objective"])
+PUBLISHED = pd.read_csv(StringIO(PUBLISHED), sep=r"\s+", index_col=["transform", "objective"])
 
 
 # --------------------------------------------------------------------------------------- tasks
 class Task:
-    """Part-of-speech tags: a label is asked for at each word. Other tasks differ in a method."""
+    """What is asked of a model. This one asks for each word's part of speech."""
 
     title = "POS accuracy"
+    field = "upos"  # of a Sentence, with the labels of its words
     counts = 6_000, 1_000  # examples of the built-in language to learn from, and to test on
-    epochs_share = 1.0  # of the setting tune_epochs
-
-    def generate(self, count, seed):
-        return synth_lang.generate(count, seed)
+    epochs = 1.0  # as a share of the setting tune_epochs
+    generate = staticmethod(synth_lang.generate)
 
     def read(self, path, language):
         return synth_lang.read_conllu(path)
 
     def labels_of(self, example):
-        return example.upos
+        return getattr(example, self.field)
 
-    def derive(self, example, languages, index):
-        """The example in the derived order; index is the seed of what is random in it."""
-        return languages.derive(example, index)
+    def all_labels(self, examples):  # in one list
+        return list(chain.from_iterable(map(self.labels_of, examples)))
 
-    def row(self, example, encode):
-        """Token ids and labels, a name each or None, without the EOS at the end.
+    def row(self, example, index, derive, encode):
+        """The token ids of one word after the other, and what is asked of the first of them.
 
-        encode gives the ids of a word. The label stands at the first sub-word of its word."""
-        tokens, labels = [BOS], [None]
-        for word, label in zip(example.words, self.labels_of(example), strict=True):
-            ids = encode(word)
-            tokens += ids
-            labels += [label] + [None] * (len(ids) - 1)
-        return tokens, labels
+        derive gives a sentence in the language of the row; encode gives the ids of a word."""
+        sentence = derive(example, index)
+        yield [BOS], None
+        for word, label in zip(sentence.words, self.labels_of(sentence), strict=True):
+            yield encode(word), label
+        yield [EOS], None
 
     def score(self, answers):
         """In percent. answers: of each row the right labels and those said, two lists of names."""
@@ -113,26 +105,15 @@ class Task:
             asked += len(gold)
         return 100 * right / asked
 
-    def baselines(self, learn, test):
-        """Scores without a model: of always saying the commonest label."""
-        labels = Counter()
-        for example in learn:
-            labels.update(self.labels_of(example))
-        commonest = max(labels, key=labels.get)
-        gold = [self.labels_of(example) for example in test]
-        return {"chance": self.score([(row, [commonest] * len(row)) for row in gold])}
-
 
 class Ner(Task):
     """Named entities, as BIO tags of the words."""
 
     title = "NER F1"  # of whole entities, as CoNLL-2003 counts
+    field = "entities"
 
     def read(self, path, language):
         return synth_lang.read_bio(path)
-
-    def labels_of(self, example):
-        return example.entities
 
     def score(self, answers):
         both = either = 0
@@ -162,10 +143,8 @@ class Nli(Task):
 
     title = "NLI accuracy"
     counts = 20_000, 1_000
-    epochs_share = 0.5  # The paper fine-tunes for 5 epochs here, and for 10 in the other tasks.
-
-    def generate(self, count, seed):
-        return synth_lang.generate_inferences(count, seed)
+    epochs = 0.5  # The paper fine-tunes for 5 epochs here, and for 10 in the other tasks.
+    generate = staticmethod(synth_lang.generate_inferences)
 
     def read(self, path, language):
         return synth_lang.read_inferences(path, language)
@@ -173,47 +152,33 @@ class Nli(Task):
     def labels_of(self, example):
         return [example.label]
 
-    def derive(self, example, languages, index):
-        premise = languages.derive(example.premise, index)
-        hypothesis = languages.derive(example.hypothesis, index)
-        return dataclasses.replace(example, premise=premise, hypothesis=hypothesis)
-
-    def row(self, example, encode):
-        tokens = [BOS]
-        for word in example.premise.words:
-            tokens += encode(word)
-        tokens.append(EOS)
-        for word in example.hypothesis.words:
-            tokens += encode(word)
-        return tokens, [example.label] + [None] * (len(tokens) - 1)
-
-    def baselines(self, learn, test):
-        return super().baselines(learn, test) | {"words alone": words_alone(learn, test)}
+    def row(self, example, index, derive, encode):
+        yield [BOS], example.label
+        for sentence in (example.premise, example.hypothesis):
+            for word in derive(sentence, index).words:
+                yield encode(word), None
+            yield [EOS], None
 
 
 def words_alone(learn, test):
     """Accuracy of naive Bayes on the hypothesis's words, and on those that the premise lacks.
 
-    It shows how much of a corpus can be had without comparing sentences. Counts are smoothed by
-    adding one."""
+    It shows what can be had without comparing sentences."""
 
     def evidence(pair):
         words = set(pair.hypothesis.words)
-        lacking = words - set(pair.premise.words)
-        return [*words, *(("lacking", word) for word in lacking)]
+        return words | {f"lacking {word}" for word in words - set(pair.premise.words)}
 
-    labels = Counter(pair.label for pair in learn)
-    counts = {label: Counter() for label in labels}
-    for pair in learn:
-        counts[pair.label].update(evidence(pair))
-    kinds = len(set().union(*counts.values()))
+    counts = {}  # by label: in how many pairs there is a piece of evidence, and how many there are
     right = 0
+    for pair in learn:
+        counts.setdefault(pair.label, Counter()).update(["all pairs", *evidence(pair)])
     for pair in test:
         scores = {}
         for label, count in counts.items():
-            total = count.total() + kinds
-            scores[label] = math.log(labels[label])
-            scores[label] += sum(math.log((count[item] + 1) / total) for item in evidence(pair))
+            scores[label] = math.log(count["all pairs"])
+            for item in evidence(pair):  # Adding one smooths the counts.
+                scores[label] += math.log((count[item] + 1) / (count["all pairs"] + 2))
         right += max(scores, key=scores.get) == pair.label
     return 100 * right / len(test)
 
@@ -222,106 +187,86 @@ TASKS = {"pos": Task(), "ner": Ner(), "nli": Nli()}
 
 
 def read_examples(args):
-    """Of each task the examples to learn from and those to test on: {name: (learn, test)}.
+    """The examples of each task: those to learn from, and those to test on.
 
     They are read before anything is trained, so that a bad file is refused at once."""
     if {len(args.train), len(args.test)} not in ({0}, {len(args.tasks)}):
         raise ValueError("--train, --test: give one file of each for each task, or none")
     examples = {}
-    for number, name in enumerate(args.tasks):
+    for name, *files in zip_longest(args.tasks, args.train, args.test):
         task = TASKS[name]
         if args.train:
-            paths = args.train[number], args.test[number]
-            learn, test = [list(task.read(path, args.language)) for path in paths]
+            parts = [list(task.read(file, args.language)) for file in files]
         else:
-            learn, test = [list(task.generate(n, seed)) for seed, n in enumerate(task.counts, 1)]
-        if None in map(task.labels_of, learn + test):
-            raise ValueError(f"{name}: {', '.join(paths)}: a sentence without labels")
-        examples[name] = learn, test
-        unknown = set(label_names(task, test)) - set(label_names(task, learn))
-        if unknown:
-            text = f"{name}: no example to learn from has {', '.join(sorted(unknown))}"
-            print(f"{text}: counted as wrong", file=sys.stderr)
+            parts = [list(task.generate(n, seed)) for seed, n in enumerate(task.counts, 1)]
+        if None in map(task.labels_of, chain(*parts)):
+            raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
+        examples[name] = parts
     return examples
 
 
-def label_names(task, examples):
-    return sorted(set().union(*map(task.labels_of, examples)))
-
-
 def make_rows(task, examples, names, languages, s, derived):
-    """The rows of examples in one language, and how many of them had to be cut.
+    """Rows in one language: their token ids and their labels, together (2, rows, T) int64.
 
-    A row is its token ids and its labels, (T,) int64 each; names[label] is a label's name."""
-    number = {name: i for i, name in enumerate(names)} | {None: SILENT}
-    room = min(s.tune_length, s.positions) - 1
-    rows, cut = [], 0
+    names[label] is the name of a label."""
+    derive = languages.derive if derived else lambda sentence, index: sentence
+    longest = min(s.tune_length, s.positions)
+    rows = np.full((2, len(examples), longest), [[[PAD]], [[SILENT]]])
+    cut = 0
     for index, example in enumerate(examples):
-        if derived:
-            example = task.derive(example, languages, index)
-        tokens, labels = task.row(example, languages.encode)
-        cut += len(tokens) > room
-        tokens = np.array([*tokens[:room], EOS])
-        labels = [number[label] for label in [*labels[:room], None]]
-        if derived:
-            tokens = derive_ids(tokens, s)
-        rows.append((torch.from_numpy(tokens), torch.tensor(labels)))
-    return rows, cut
+        tokens, labels = [], []
+        for ids, label in task.row(example, index, derive, languages.encode):
+            tokens += ids
+            labels += [SILENT] * len(ids)
+            if label is not None:
+                labels[-len(ids)] = names.index(label)
+        cut += len(tokens) > longest
+        rows[:, index, : len(tokens)] = np.array([tokens, labels])[:, :longest]
+    if derived:
+        rows[0] = derive_ids(rows[0], s)
+    elif cut:  # A sentence and its counterpart have equally many tokens: this is said once.
+        print(f"{cut} of {len(examples)} rows are cut to {longest} tokens", file=sys.stderr)
+    return torch.from_numpy(rows)
 
 
 # ---------------------------------------------------------------------------------- fine-tuning
-class Tagger(nn.Module):
-    """The encoder and a linear layer on its hidden states, the head of every task."""
-
-    def __init__(self, encoder, labels):
-        super().__init__()
-        self.encoder = encoder
-        self.classifier = nn.Linear(encoder.settings.width, labels)
-
-    def forward(self, tokens, language):
-        """tokens (B, T) int64, padded -> logits (B, T, labels)."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-            languages = torch.full_like(tokens, language)
-            seen = (tokens != PAD)[:, None, None, :]
-            hidden = self.encoder.encode(tokens, languages, attention_mask=seen)
-            hidden = F.dropout(hidden, self.encoder.settings.dropout, self.training)
-            return self.classifier(hidden).float()
+def predict(tagger, tokens, language):
+    """tokens (B, T) int64, padded -> logits (B, T, labels)."""
+    languages = torch.full_like(tokens, language)
+    with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+        seen = (tokens != PAD)[:, None, None, :]
+        hidden = tagger.encode(tokens, languages, attention_mask=seen)
+        return tagger.classifier(hidden).float()
 
 
-def batches(rows, device):
-    """Token ids and labels, (B, T) each, of rows in their order but for their lengths.
+def batches(rows):
+    """Rows (2, rows, T) in random order, TUNE_BATCH at a time: (2, B, T).
 
-    Of 16 batches at a time those of about equal length go together, so that little is padding."""
-    for first in range(0, len(rows), 16 * TUNE_BATCH):
-        pool = sorted(rows[first : first + 16 * TUNE_BATCH], key=lambda row: len(row[0]))
-        for start in range(0, len(pool), TUNE_BATCH):
-            batch = pool[start : start + TUNE_BATCH]
-            tokens = pad_sequence([row[0] for row in batch], True, PAD)
-            labels = pad_sequence([row[1] for row in batch], True, SILENT)
-            yield tokens.to(device), labels.to(device)
+    Those of about equal length share a batch, so that little of it is padding."""
+    lengths = (rows[0] != PAD).sum(1)
+    order = torch.randperm(len(lengths), device=rows.device)
+    parts = order[lengths[order].argsort()].split(TUNE_BATCH)
+    for number in torch.randperm(len(parts)):
+        part = parts[number]
+        yield rows[:, part, : lengths[part].max()]
 
 
 def fine_tune(model, rows, labels, language, epochs):
-    """A Tagger for so many labels, trained on rows of a language; the given model is unchanged."""
-    s, device = model.settings, model.head_bias.device
+    """A tagger trained on rows of a language: a copy of the model with a classifier of labels."""
+    s = model.settings
     torch.manual_seed(s.seed)
-    rng = np.random.default_rng([s.seed, 5])
-    tagger = Tagger(copy.deepcopy(model), labels).to(device).train()
-    tagger.encoder.word_embeddings.weight.requires_grad_(not s.freeze_embeddings)
-    # Fine-tuning takes AdamW, whatever pre-training took, and the paper's linear decay.
-    steps = epochs * math.ceil(len(rows) / TUNE_BATCH)
-    s = dataclasses.replace(
-        s, optimizer="adamw", steps=steps, warmup=math.ceil(steps / 10), decay_share=1.0
-    )
-    optimizers = train.make_optimizers(tagger, s, s.tune_rate)
-    step = 0
-    for _ in range(epochs):
-        order = rng.permutation(len(rows))
-        for tokens, gold in batches([rows[i] for i in order], device):
-            logits = tagger(tokens, language).flatten(0, 1)
-            F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
-            train.update(tagger, optimizers, train.schedule(step, s))
-            step += 1
+    tagger = copy.deepcopy(model).train()
+    tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
+    tagger.word_embeddings.weight.requires_grad_(not s.freeze_embeddings)
+    # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained.
+    optimizers = train.make_optimizers(tagger, replace(s, optimizer="adamw"), s.tune_rate)
+    steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
+    parts = chain.from_iterable(batches(rows) for _ in range(epochs))
+    for step, (tokens, gold) in enumerate(parts, 1):
+        logits = predict(tagger, tokens, language).flatten(0, 1)
+        F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
+        # The rate rises in the first tenth of the steps, and then falls to zero.
+        train.update(tagger, optimizers, min(10 * step, steps - step) / steps)
     return tagger.eval()
 
 
@@ -329,8 +274,8 @@ def fine_tune(model, rows, labels, language, epochs):
 def measure(tagger, task, rows, names, language):
     """The task's score, in percent, on rows of a language."""
     answers = []
-    for tokens, labels in batches(rows, tagger.classifier.weight.device):
-        found = tagger(tokens, language).argmax(2)
+    for tokens, labels in batches(rows):
+        found = predict(tagger, tokens, language).argmax(2)
         for gold, said in zip(labels, found, strict=True):
             asked = gold != SILENT
             gold = [names[label] for label in gold[asked].tolist()]
@@ -339,103 +284,84 @@ def measure(tagger, task, rows, names, language):
 
 
 def read_run(folder):
-    """The model and the Languages of a finished run. Raises ValueError if it is not one."""
-    path = folder / "settings.json"
-    try:
-        s = Settings(**json.loads(path.read_text())["settings"])
-        return from_hf(folder / "model", s), train.Languages(folder, s)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no finished run of train.py: {error}") from error
+    """The model and the Languages of a finished run. Raises ValueError or OSError without one."""
+    settings = json.loads((folder / "settings.json").read_text())["settings"]
+    model = from_hf(folder / "model", Settings(**settings))
+    return model, train.Languages(folder, model.settings)
 
 
 def evaluate(folder, name, examples, device):
     """Fine-tune and test a run on a task and write folder/NAME.json; returns what it holds."""
     task, (learn, test) = TASKS[name], examples
     model, languages = read_run(folder)
-    model.to(device)
-    s = model.settings
-    # A label that only the test has gets a number that no Tagger can say.
-    names = label_names(task, learn)
-    labels = len(names)
-    names += sorted(set(label_names(task, test)) - set(names))
-    learn_rows, cut_1 = make_rows(task, learn, names, languages, s, False)
-    derived_learn, cut_2 = make_rows(task, learn, names, languages, s, True)
-    test_rows, cut_3 = make_rows(task, test, names, languages, s, False)
-    derived_test, cut_4 = make_rows(task, test, names, languages, s, True)
-    cut = cut_1 + cut_2 + cut_3 + cut_4
-    if cut:
-        room = min(s.tune_length, s.positions)
-        all_rows = 2 * (len(learn) + len(test))
-        print(f"{name}: {cut} of {all_rows} rows are cut to {room} tokens", file=sys.stderr)
+    model, s = model.to(device), model.settings
+    names = sorted(set(task.all_labels(learn)))
+    labels, n, epochs = len(names), len(learn), math.ceil(task.epochs * s.tune_epochs)
+    unknown = sorted(set(task.all_labels(test)) - set(names))
+    if unknown:
+        text = f"{name}: no example to learn from has {', '.join(unknown)}: counted as wrong"
+        print(text, file=sys.stderr)
+    names += unknown  # A tagger says none of these.
+    original = make_rows(task, learn + test, names, languages, s, derived=False).to(device)
+    derived = make_rows(task, learn + test, names, languages, s, derived=True).to(device)
+    zero_shot = fine_tune(model, original[:, :n], labels, 0, epochs)
+    supervised = fine_tune(model, derived[:, :n], labels, 1, epochs)
 
-    epochs = math.ceil(s.tune_epochs * task.epochs_share)
-    zero_shot = fine_tune(model, learn_rows, labels, 0, epochs)
-    supervised = fine_tune(model, derived_learn, labels, 1, epochs)
-    cell = {"task": name, **dataclasses.asdict(s), **task.baselines(learn, test)}
-    cell["source"] = measure(zero_shot, task, test_rows, names, 0)
-    cell["BS"] = measure(supervised, task, derived_test, names, 1)
-    cell["BZ"] = measure(zero_shot, task, derived_test, names, 1)
+    cell = {"task": name, **asdict(s)}
+    cell["source"] = measure(zero_shot, task, original[:, n:], names, 0)
+    cell["BS"] = measure(supervised, task, derived[:, n:], names, 1)
+    cell["BZ"] = measure(zero_shot, task, derived[:, n:], names, 1)
     cell["Delta"] = cell["BZ"] - cell["BS"]
     # Only the derived words take their turned rows: fine-tuning may have changed the others.
     dictionary = make_dictionary(s)
     turned = rotate(model, dictionary)
-    E = zero_shot.encoder.word_embeddings.weight.detach()
-    E[s.language_size :] = turned.word_embeddings.weight.detach()[s.language_size :]
-    cell["BZ rotated"] = measure(zero_shot, task, derived_test, names, 0)
-    for words, share in alignment_score(model, dictionary).items():
-        cell[f"alignment {words}"] = share
-    for words, share in alignment_score(turned, dictionary).items():
-        cell[f"alignment {words} rotated"] = share
+    derived_words = slice(s.language_size, None)
+    E = zero_shot.word_embeddings.weight.detach()
+    E[derived_words] = turned.word_embeddings.weight.detach()[derived_words]
+    cell["BZ rotated"] = measure(zero_shot, task, derived[:, n:], names, 0)
+    for suffix, scored in (("", model), (" rotated", turned)):
+        for words, share in alignment_score(scored, dictionary).items():
+            cell[f"alignment {words}{suffix}"] = share
+    # What can be had without a model.
+    commonest = mode(task.all_labels(learn))
+    gold = map(task.labels_of, test)
+    cell["chance"] = task.score((row, [commonest] * len(row)) for row in gold)
+    if name == "nli":
+        cell["words alone"] = words_alone(learn, test)
     write_file(folder / f"{name}.json", json.dumps(cell, indent=2).encode())
     return cell
 
 
 # -------------------------------------------------------------------------------------- report
 def read_cells(folder):
-    """What all finished runs in a folder have scored, one object a run and task."""
+    """What all finished runs in a folder have scored, a row a run and task, as reports say it."""
     cells = []
     for path in sorted(folder.glob("*/*.json")):
         if path.stem in TASKS:
             cells.append({"run": path.parent.name, **json.loads(path.read_text())})
     if not cells:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
-    return cells
-
-
-def arrange(cells):
-    """The cells as a DataFrame, with the objectives' labels in the order of OBJECTIVES."""
-    table = pd.DataFrame(cells)
-    label = {name: objective.label for name, objective in OBJECTIVES.items()}
-    objectives = pd.Categorical(table["objective"].map(label), label.values())
-    table["objective"] = objectives.remove_unused_categories()
-    # In an ablation what else varies tells the rows apart.
-    for name in Settings.__dataclass_fields__:
-        if name not in ("objective", "transform", "seed") and table[name].nunique() > 1:
-            table["transform"] += f", {name} " + table[name].astype(str)
-    return table.sort_values(["transform", "objective", "seed"], ignore_index=True)
+    cells.sort(key=lambda cell: (cell["transform"], list(OBJECTIVES).index(cell["objective"])))
+    return pd.DataFrame(cells)
 
 
 def correlation(alignment, delta):
-    """Spearman's rho of alignment and -Delta, as the paper has it, as a sentence.
+    """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
 
     p is of a permutation test, exact for few rows; the interval is of bootstrap samples of rows."""
     x = np.array(alignment)
-    y = -np.round(delta, 6)  # Rounding errors of BZ - BS are to break no tie.
-
-    def rho(x, y):
-        return scipy.stats.spearmanr(x, y).statistic
-
+    y = -np.array(delta).round(6)  # Rounding errors of BZ - BS are to break no tie.
     rng = np.random.default_rng(0)
+
+    def rho(x, y=y):
+        return spearmanr(x, y).statistic
+
     with warnings.catch_warnings(action="ignore"):  # rho is not defined if all values are equal.
-        test = scipy.stats.permutation_test(
-            (x,), lambda x: rho(x, y), permutation_type="pairings", n_resamples=5_000, rng=rng
-        )
+        test = permutation_test([x], rho, permutation_type="pairings", n_resamples=5_000, rng=rng)
         samples = rng.integers(len(x), size=(1_000, len(x)))
         low, high = np.nanpercentile([rho(x[rows], y[rows]) for rows in samples], [2.5, 97.5])
-    return (
-        f"Spearman's rho of alignment and -Delta: {test.statistic:.3f} (p = {test.pvalue:.2g}, "
-        f"{len(x)} rows, 95 % of bootstrap samples {low:.2f} to {high:.2f})."
-    )
+    return (f"Spearman's rho of alignment and -Delta: {test.statistic:.3f} (p = {test.pvalue:.2g}, "
+            f"{len(x)} rows, 95 % of bootstrap samples {low:.2f} to {high:.2f}).")  # fmt: skip
 
 
 def spread(values):
@@ -446,20 +372,21 @@ def spread(values):
 
 def markdown(name, cells):
     """The cells of a task as a table in the paper's layout, its numbers at the right."""
-    groups = cells.reindex(columns=[*cells, *(set(COLUMNS) - set(cells))])
-    groups = groups.groupby(["transform", "objective"], observed=True)
-    table = groups.size().to_frame("seeds").join(groups[COLUMNS].agg(spread)).reset_index()
-    paper = PUBLISHED[[f"{name}_BS", f"{name}_BZ", "alignment"]].add_prefix("paper: ")
-    table = table.join(paper, on=["transform", "objective"]).astype(object).fillna("-")
-    text = f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:\n\n"
-    text += table.to_markdown(index=False, disable_numparse=True, stralign="right") + "\n\n"
-    for baseline, meaning in BASELINES.items():
-        if baseline in cells and cells[baseline].notna().all():
-            text += f"{meaning}: {cells[baseline].mean():.1f}.\n"
+    groups = cells.groupby(["transform", "objective"], sort=False)
+    # Without words outside of D there is no alignment of them.
+    table = groups[[column for column in COLUMNS if column in cells]].agg(spread)
+    table.insert(0, "seeds", groups.size())
+    table = table.reset_index().join(PUBLISHED.filter(regex=f"{name}|alignment"),
+                                     on=["transform", "objective"])
+    lines = [f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:", ""]
+    lines += [table.fillna("-").to_markdown(index=False, disable_numparse=True), ""]
+    lines.append(f"Always saying the commonest label: {cells['chance'].mean():.1f}.")
+    if name == "nli":
+        lines.append(f"A bag of words (naive Bayes): {cells['words alone'].mean():.1f}.")
     means = groups[["alignment all", "Delta"]].mean()
     if len(means) > 2:
-        text += correlation(means["alignment all"], means["Delta"]) + "\n"
-    return text
+        lines.append(correlation(means["alignment all"], means["Delta"]))
+    return "\n".join([*lines, "", ""])
 
 
 def draw_scores(name, cells, path):
@@ -472,95 +399,77 @@ def draw_scores(name, cells, path):
     grid.set_titles("{col_name}").set_xlabels("").savefig(path)
 
 
-def draw_training(cells, folder, path):
+def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
     logs = []
-    for _, cell in cells.drop_duplicates("run").iterrows():
-        lines = (folder / cell["run"] / "log.jsonl").read_text().splitlines()
-        log = pd.DataFrame(map(json.loads, lines), columns=["step", "outside"])
-        logs.append(log.assign(transform=cell["transform"], objective=cell["objective"]))
-    logs = pd.concat(logs).rename(columns={"outside": "alignment outside of D, %"})
-    grid = sns.relplot(
-        logs, kind="line", x="step", y="alignment outside of D, %", hue="objective",
-        col="transform", errorbar="sd",
-    )  # fmt: skip
-    grid.set_titles("{col_name}").savefig(path)
+    for run in runs.itertuples():
+        log = pd.read_json(folder / run.run / "log.jsonl", lines=True)
+        logs.append(log.assign(transform=run.transform, objective=run.objective))
+    lines = {"x": "step", "y": "outside", "hue": "objective", "col": "transform"}
+    logs = pd.concat(logs).reindex(columns=lines.values())
+    grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
+    grid.set_titles("{col_name}").set_ylabels("alignment outside of D, %").savefig(path)
 
 
-def draw_words(cells, folder, path, count=30):
-    """The most frequent words of both languages in the plane of their first two principal
-    components, before and after pre-training; a line joins the two of a pair."""
-    models = {}
-    for _, cell in cells.drop_duplicates("objective").iterrows():
-        model, _ = read_run(folder / cell["run"])
-        if not models:
-            torch.manual_seed(model.settings.seed)
-            models["before pre-training"] = MaskedLM(model.settings)
-        models[f"{cell['objective']}, {cell['transform']}"] = model
-    planes = []
-    for title, model in models.items():
-        words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
-        U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
-        plane = pd.DataFrame((U * S)[:, :2].numpy(), columns=["x", "y"])
-        pairs = len(plane) // 2
-        plane["pair"] = np.arange(len(plane)) % pairs
-        plane["language"] = ["original"] * pairs + ["derived"] * pairs
-        planes.append(plane.assign(model=title))
-    grid = sns.FacetGrid(pd.concat(planes), col="model", sharex=False, sharey=False)
-    line = {"units": "pair", "estimator": None, "color": "0.8", "linewidth": 0.8}
-    grid.map_dataframe(sns.lineplot, x="x", y="y", **line)
-    grid.map_dataframe(sns.scatterplot, x="x", y="y", hue="language", style="language")
-    grid.set_titles("{col_name}").add_legend().savefig(path)
+def draw_words(folder, runs, path, count=30):
+    """The most frequent words of both languages on their first two principal components, before
+    and after pre-training, a column an objective; a line joins the two of a pair."""
+    runs = runs.drop_duplicates("objective")
+    figure = Figure((1 + 3 * len(runs), 6), layout="constrained")
+    axes = iter(figure.subplots(len(runs), 2).flat)
+    for run in runs.itertuples():
+        model, _ = read_run(folder / run.run)
+        torch.manual_seed(run.seed)
+        for time, state in (("before", MaskedLM(model.settings)), ("after", model)):
+            words = torch.cat([words.detach()[:count] for words in words_of_both(state)])
+            U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
+            x, y = (U * S)[:, :2].T.unflatten(1, (2, -1))  # (2 languages, words) each
+            axis = next(axes)
+            axis.set_title(f"{run.objective}, {time}")
+            axis.plot(x, y, color="0.8")
+            axis.plot(x[0], y[0], "o", label="original")
+            axis.plot(x[1], y[1], "x", label="derived")
+    axis.legend()
+    figure.savefig(path)
 
 
 def report(folder, out):
-    """Write results.json, report.md and figures of all finished runs; returns the tables."""
-    cells = read_cells(folder)
+    """Write and print the tables of all finished runs; write their figures and results.json."""
+    out = out or folder
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "results.json", json.dumps(cells, indent=1).encode())
-    table = arrange(cells)
-    matplotlib.use("Agg")  # No window is to open.
+    cells = read_cells(folder)
+    write_file(out / "results.json", cells.to_json(orient="records", indent=1).encode())
+    cells["objective"] = [OBJECTIVES[name].label for name in cells["objective"]]
+    for name in Settings.__dataclass_fields__:
+        # In an ablation what else varies tells the rows apart.
+        if name not in GRID_SETTINGS and cells[name].nunique() > 1:
+            cells["transform"] += f", {name} " + cells[name].astype(str)
     text = ""
-    for name, same in table.groupby("task", sort=False):
-        text += markdown(name, same) + "\n"
+    for name, same in cells.groupby("task", sort=False):
+        text += markdown(name, same)
         draw_scores(name, same, out / f"{name}.png")
-    draw_training(table, folder, out / "training.png")
-    draw_words(table, folder, out / "words.png")
+    runs = cells.drop_duplicates("run")
+    draw_training(folder, runs, out / "training.png")
+    draw_words(folder, runs, out / "words.png")
     write_file(out / "report.md", text.encode())
-    return text
+    print(text)
 
 
 # ---------------------------------------------------------------------------------------- grid
-def read_variants(vary):
-    """What an ablation changes, by what it adds to a folder's name.
+def read_variants(parser, args):
+    """The options of each variant of an ablation, by what it adds to a folder's name.
 
-    ["alpha", "1", "10"] -> {"-alpha=1": {"alpha": 1.0}, "-alpha=10": {"alpha": 10.0}}"""
-    if not vary:
-        return {"": {}}
-    setting, *values = vary
-    field = Settings.__dataclass_fields__.get(setting)
-    if field is None or setting in ("objective", "transform", "seed") or not values:
-        raise ValueError(f"--vary {setting}: give a setting that a grid has once, and its values")
-    kind = json.loads if field.type is bool else field.type
-    try:
-        return {f"-{setting}={value}": {setting: kind(value)} for value in values}
-    except ValueError as error:
-        raise ValueError(f"--vary {setting}: {error}") from error
-
-
-def grid_cells(args):
-    """The Settings of every cell, by its folder, and the Source of their text."""
-    if args.objective or args.transform or args.seed is not None:
-        raise ValueError("a grid takes --objectives, --transforms and --seeds")
-    variants = read_variants(args.vary)
-    cells = {}
-    for transform, objective, seed, suffix in itertools.product(
-        args.transforms, args.objectives, range(args.seeds), variants
-    ):
-        changes = {"transform": transform, "objective": objective, "seed": seed}
-        folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
-        cells[folder], source = train.read_options(args, **changes, **variants[suffix])
-    return cells, source
+    `--vary alpha 1 10` is the same command twice, once with --alpha 1 and once with --alpha 10."""
+    if not args.vary:
+        return {"": args}
+    setting, *values = args.vary
+    if setting not in Settings.__dataclass_fields__ or setting in GRID_SETTINGS or not values:
+        raise ValueError("--vary: give a setting that a grid has once, and its values")
+    variants = {}
+    for value in values:
+        option = f"--{setting.replace('_', '-')}={value}"
+        variants[f"-{setting}={value}"] = parser.parse_args([*sys.argv[1:], option])
+    return variants
 
 
 def run_cell(folder, s, source, examples, args):
@@ -572,68 +481,67 @@ def run_cell(folder, s, source, examples, args):
                 evaluate(folder, name, examples[name], args.device)
     except Exception as error:  # The other cells are to go on.
         return f"{folder}: {error}"
-    return None
 
 
-def grid(args):
+def grid(variants, args):
     """Run every cell that is not finished, and report."""
-    cells, source = grid_cells(args)
     examples = read_examples(args)
-    for s in cells.values():
+    jobs = []
+    for suffix, transform, objective, seed in product(
+        variants, args.transforms, args.objectives, range(args.seeds)
+    ):
+        changes = {"transform": transform, "objective": objective, "seed": seed}
+        s, source = train.read_options(variants[suffix], **changes)
         train.prepare(source, s, args.out)  # once, before processes would do it side by side
+        folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
+        jobs.append(joblib.delayed(run_cell)(folder, s, source, examples, args))
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough
     where = {"backend": "loky", "n_jobs": args.jobs}  # It shares the cores out among the jobs.
     if args.scheduler:
         where = {"backend": "dask", "scheduler_host": args.scheduler}
-    job = joblib.delayed(run_cell)
-    jobs = [job(folder, s, source, examples, args) for folder, s in cells.items()]
-    failures = []
     with joblib.parallel_config(**where):
         done = joblib.Parallel(return_as="generator_unordered")(jobs)
-        for failure in tqdm(done, "cells", len(jobs)):
-            if failure:
-                failures.append(failure)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    print(report(args.out, args.results or args.out))
+        failures = list(filter(None, tqdm(done, "cells", len(jobs))))
+    report(args.out, args.results)
     if failures:
-        raise ValueError(f"{len(failures)} of {len(cells)} cells failed: the same command goes on")
+        text = f"{len(failures)} of {len(jobs)} cells failed; the same command goes on"
+        raise ValueError("; ".join([text, *failures]))
 
 
 def main():
-    parser = synth_lang.Parser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = synth_lang.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, task in TASKS.items():
-        one = commands.add_parser(name, help=f"fine-tune and test one run: {task.title}")
+    files = synth_lang.Parser(add_help=False)
+    option = files.add_argument
+    option("--train", nargs="+", default=[], help="examples to learn from, a file a task")
+    option("--test", nargs="+", default=[], help="the same to test on (built-in ones)")
+    option("--language", default="en", help="of a file for nli that has several")
+    for name in TASKS:
+        one = commands.add_parser(name, parents=[files], help="fine-tune and test one run")
         one.add_argument("folder", type=Path, help="of a run of train.py")
-        one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        one.add_argument("--device", default="cpu")
         one.set_defaults(tasks=[name])
     several = commands.add_parser("report", help="tables and figures of finished runs")
-    several.add_argument("folder", type=Path, help="of a grid")
-    every = commands.add_parser("grid", help="every objective, transformation and seed")
-    every.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    every.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    every.add_argument("--transforms", nargs="+", default=["transliterate+invert"])
-    every.add_argument("--seeds", type=int, default=2, help="how many of each")
-    every.add_argument("--tasks", nargs="+", choices=TASKS, default=["pos"])
-    every.add_argument("--vary", nargs="+", metavar=("SETTING", "VALUE"), help="an ablation")
-    every.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
-    every.add_argument("--scheduler", metavar="ADDRESS",
-                       help="of a Dask cluster to run on, its workers with one thread each")
-    for name in (*TASKS, "grid"):
-        command = commands.choices[name]
-        command.add_argument("--train", nargs="+", metavar="FILE", default=[],
-                             help="examples to learn from, a file a task (built-in ones)")
-        command.add_argument("--test", nargs="+", metavar="FILE", default=[])
-        command.add_argument("--language", default="en", help="of a file for nli that has several")
+    several.add_argument("folder", type=Path, help="that has the runs' folders")
+    every = commands.add_parser("grid", parents=[files], help="train many runs, and report")
+    option = every.add_argument
+    option("--out", type=Path, default=Path("runs/tiny"), help="folder for the runs")
+    option("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    option("--transforms", nargs="+", default=["transliterate+invert"])
+    option("--seeds", type=int, default=2, help="how many")
+    option("--tasks", nargs="+", choices=TASKS, default=["pos"])
+    option("--vary", nargs="+", help="an ablation: a setting and its values")
+    option("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    option("--scheduler", help="address of a Dask cluster whose workers have one thread each")
     for command in (several, every):
         command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")
     train.add_options(every)
     args = parser.parse_args()
     if args.command == "grid":
-        grid(args)
+        grid(read_variants(parser, args), args)
     elif args.command == "report":
-        print(report(args.folder, args.results or args.folder))
+        report(args.folder, args.results)
     else:
         examples = read_examples(args)[args.command]
         print(json.dumps(evaluate(args.folder, args.command, examples, args.device), indent=2))
