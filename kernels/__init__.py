@@ -10,19 +10,19 @@ from kernels import alignment, masked_softmax
 
 
 def fused(weight):
-    """Whether the Triton kernels run for weight (V, D): everything else goes PyTorch's own way.
-
-    They need a GPU of NVIDIA from Hopper on, for its copy engine (TMA) brings the tiles, and shared
-    memory for three tiles of each operand, of which GeForce RTX 50 cards have too little.
-    """
+    """Whether the Triton kernels run for weight (V, D). Everything else goes PyTorch's own way."""
     if not weight.is_cuda or torch.version.hip or alignment.triton is None:
         return False
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
+    # Tiles are 16 columns wide or more, and a whole row is for one program of the alignment.
     if weight.shape[1] % 16 or weight.shape[1] > 1024:
         return False
+    # Triton launches on the current device.
     if weight.device.index != torch.cuda.current_device():
         return False
+    # From Hopper on, a copy engine (TMA) fetches the tiles. Three of each operand are under way at
+    # once, for which the shared memory of a GeForce RTX 50 card, for one, is too small.
     device = torch.cuda.get_device_properties(weight.device)
     enough = device.shared_memory_per_block_optin >= masked_softmax.SHARED_MEMORY
     return device.major >= 9 and enough
@@ -34,8 +34,7 @@ def masked_lm_loss(hidden, weight, bias, labels):
     hidden (N, D), weight (V, D) and bias (V,) of one floating type, or of any under autocast;
     labels (N,), int64 in [0, V): the masked tokens alone, which the caller has gathered. Returns
     an fp32 scalar (float64 for float64), to be differentiated once. Raises ValueError for shapes,
-    types and devices that do not fit. Labels are not looked at, for the GPU would have to be waited
-    for: one outside of [0, V) is an error of PyTorch's, or in the kernels a loss of NaN.
+    types and devices that do not fit.
     """
     device = weight.device.type
     if torch.is_autocast_enabled(device):
@@ -46,6 +45,7 @@ def masked_lm_loss(hidden, weight, bias, labels):
     _check("hidden", hidden, (N, D), weight.dtype, weight.device)
     _check("bias", bias, (V,), weight.dtype, weight.device)
     _check("labels", labels, (N,), torch.int64, weight.device)
+    # To look at the labels would be to wait for the GPU: PyTorch's indexing refuses wrong ones.
     if fused(weight):
         return alignment.made_in_forward(masked_softmax.masked_lm, hidden, weight, bias, labels)
     return masked_softmax.masked_lm_plain(hidden, weight, bias, labels)
@@ -55,12 +55,12 @@ def alignment_loss(weight, pairs):
     """Minus the mean cosine of rows i and j of weight over the pairs (i, j): L_align, same paper.
 
     weight (V, D) floating; pairs (K, 2), int64 in [0, V). The dictionary must be ONE-TO-ONE: each
-    row of weight stands in at most one pair, for a pair writes the gradient of its rows and does
-    not add to it. Returns an fp32 scalar (float64 for float64), to be differentiated once. Raises
-    ValueError for shapes, types and devices that do not fit; values are treated as labels are.
+    row of weight stands in at most one pair. Returns an fp32 scalar (float64 for float64), to be
+    differentiated once. Raises ValueError for shapes, types and devices that do not fit.
     """
     _check_matrix("weight", weight)
     _check("pairs", pairs, (len(pairs), 2), torch.int64, weight.device)
+    # The kernel writes each row's gradient once, and a pair outside of the matrix makes it NaN.
     if fused(weight):
         return alignment.made_in_forward(alignment.alignment, weight, pairs)
     return alignment.alignment_plain(weight, pairs)

@@ -1,15 +1,11 @@
 """The alignment loss of a whole dictionary. Read this kernel first: it is the easy one.
 
-With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K, and its gradients are
+With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K and the gradients
 
-    dE_i = (cosine u_i - u_j) / (K |E_i|),    dE_j = (cosine u_j - u_i) / (K |E_j|):
+    dE_i = (cosine u_i - u_j) / (K |E_i|),    dE_j = (cosine u_j - u_i) / (K |E_j|).
 
-all that they need is the two rows. In plain PyTorch every factor is a pass over (K, D) matrices, in
-all about 30 K D values through memory; here a program reads the two rows of its pair, 2 K D values
-for all, and writes both gradients. No row stands in two pairs, so there is nothing to add up: no
-atomic operations, and the same bits on every run. The gradient is made in the forward, while the
-rows are at hand; torch.compile fuses the backward's product with the sum of the tied matrix's
-gradients. To read the rows again there would save a (V, D) matrix, and cost 2 K D values more.
+Plain PyTorch passes over (K, D) matrices for each factor, about 30 K D values in all. Here a program
+reads the two rows of its pair, 2 K D values in all, and writes both gradients.
 """
 
 from __future__ import annotations  # Triton, which the annotations name, may be missing.
@@ -26,7 +22,6 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # There is no Triton for macOS: PyTorch's own way serves.
     triton = tl = constexpr = TensorDescriptor = None
-
 jit = triton.jit if triton else (lambda function: function)
 
 
@@ -46,11 +41,10 @@ def alignment_kernel(weight, pairs, losses, gradient, K, V, D: constexpr, BLOCK_
     j = tl.load(pairs + 2 * k + 1)
     # A pair outside of the matrix must not touch memory that is not ours: its loss is NaN.
     known = (i >= 0) & (i < V) & (j >= 0) & (j < V)
-    # BLOCK_D is D, rounded up to a power of two as Triton wants it.
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)  # D, rounded up to a power of two as Triton wants it
     inside = (d < D) & known
     row_i = tl.load(weight + i * D + d, mask=inside, other=0.0).to(tl.float32)  # (D,)
-    row_j = tl.load(weight + j * D + d, mask=inside, other=0.0).to(tl.float32)  # (D,)
+    row_j = tl.load(weight + j * D + d, mask=inside, other=0.0).to(tl.float32)
     # As in F.cosine_similarity, a norm counts as at least 1e-8.
     inverse_i = tl.rsqrt(tl.maximum(tl.sum(row_i * row_i, axis=0), 1e-16))
     inverse_j = tl.rsqrt(tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-16))
@@ -59,10 +53,9 @@ def alignment_kernel(weight, pairs, losses, gradient, K, V, D: constexpr, BLOCK_
     cosine = tl.sum(unit_i * unit_j, axis=0)
     tl.store(losses + k, tl.where(known, -cosine, float("nan")))
     if WITH_GRAD:
-        grad_i = (cosine * unit_i - unit_j) * (inverse_i / K)
-        grad_j = (cosine * unit_j - unit_i) * (inverse_j / K)
-        tl.store(gradient + i * D + d, grad_i, mask=inside)
-        tl.store(gradient + j * D + d, grad_j, mask=inside)
+        # No other program writes these rows.
+        tl.store(gradient + i * D + d, (cosine * unit_i - unit_j) * (inverse_i / K), mask=inside)
+        tl.store(gradient + j * D + d, (cosine * unit_j - unit_i) * (inverse_j / K), mask=inside)
 
 
 # An operator of its own, so that torch.compile puts the launch in its graph and looks no further.
@@ -71,13 +64,11 @@ def alignment(weight: Tensor, pairs: Tensor, with_grad: bool) -> tuple[Tensor, T
     """The loss, fp32, and its gradient (V, D) in the type of weight, or (0,) if not wanted."""
     (V, D), K = weight.shape, len(pairs)
     losses = weight.new_empty(K, dtype=torch.float32)
-    # Rows in no pair keep this zero.
-    gradient = weight.new_zeros((V, D) if with_grad else 0)
+    gradient = weight.new_zeros((V, D) if with_grad else 0)  # Rows in no pair keep the zeros.
+    # One warp for 512 entries of each row is 16 a thread.
     block = triton.next_power_of_2(D)
-    # One warp for 512 entries of a row is 16 a thread, of two rows.
-    alignment_kernel[(K,)](
-        weight, pairs, losses, gradient, K, V, D,
-        BLOCK_D=block, WITH_GRAD=with_grad, num_warps=max(1, block // 512))  # fmt: skip
+    alignment_kernel[(K,)](weight, pairs, losses, gradient, K, V, D, BLOCK_D=block,
+                           WITH_GRAD=with_grad, num_warps=max(1, block // 512))  # fmt: skip
     return losses.mean(), gradient
 
 
@@ -88,8 +79,7 @@ def _(weight, pairs, with_grad):
 
 
 class MadeInForward(torch.autograd.Function):
-    """A loss whose operator makes the gradients, of an upstream of 1: the backward scales them."""
-
+    """A loss whose operator makes its gradients too, for an upstream gradient of 1."""
     @staticmethod
     def forward(ctx, operator, *inputs):
         loss, *gradients = operator(*inputs, True)
@@ -99,12 +89,12 @@ class MadeInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        # None for the operator, and None for the last input: labels or pairs.
-        return None, *(gradient * upstream for gradient in ctx.saved_tensors), None
+        scaled = [gradient * upstream for gradient in ctx.saved_tensors]
+        return None, *scaled, None  # none for the operator, and none for labels or pairs
 
 
 def made_in_forward(operator, *inputs):
-    """The loss of an operator of ours, with gradients only if one is wanted."""
+    """The loss of an operator, with gradients only if one is wanted."""
     inputs = [tensor.contiguous() for tensor in inputs]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return MadeInForward.apply(operator, *inputs)

@@ -15,7 +15,8 @@ A row's factor moves out of a product, and so p itself is never normalised:
 
 A softmax subtracts each row's maximum, which is known only with the row's last logit, and so passes
 over the logits twice. Here exp_kernel takes the exponentials as the logits leave their product, for
-a chunk of rows, and p is dropped when its chunk has been through the other two products.
+a chunk of rows, and p is dropped when its chunk has been through the other two products. Every
+number is summed by one program in one order, and so has the same bits on every run.
 
 What it saves. Eager PyTorch holds the logits, their log-softmax and its gradient: 6 N V bytes in
 bf16, 9.4 GB at N = 19,661, V = 80,000. Here p takes 0.5 GB, whatever N is, and the sum of the
@@ -30,8 +31,6 @@ as the row's reference, which it subtracts, and skips blocks of rows that need n
 What came before: gradients made in the forward, by chunks of rows (Liger Kernel, arXiv 2410.10989);
 no logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials in
 bf16 that are not normalised, as here, but without a bias (quack-kernels 0.6.5, "scaled-exp").
-
-Every number is summed by one program in one order, and so has the same bits on every run.
 """
 
 from __future__ import annotations  # Triton, which the annotations name, may be missing.
@@ -53,11 +52,9 @@ COLUMNS = 16  # of the narrowest product that tensor cores take: dbias makes one
 
 
 def masked_lm_plain(hidden, weight, bias, labels):
-    """The loss in PyTorch's own way, by chunks of rows where that loses nothing.
-
-    The chunked function rounds the loss of half types to their 8 or 11 bits, does not compile, and
-    is new in PyTorch 2.13; everywhere else all N x V logits are made, as in the equation.
-    """
+    """The loss in PyTorch's own way, by chunks of rows where that loses nothing."""
+    # The chunked function is new in PyTorch 2.13, does not compile, and rounds the loss of half
+    # types to their 8 or 11 bits: else all N x V logits are made, as in the equation.
     chunked = hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling()
     if chunked and weight.dtype.itemsize >= 4:
         rows = max(1, CPU_CHUNK // len(weight))
@@ -166,7 +163,6 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     hidden, weight = (t.clone() if t.data_ptr() % 16 else t for t in (hidden, weight))
     stride = triton.cdiv(V, 16) * 16
     tiled = TensorDescriptor.from_tensor
-
     new = partial(torch.empty, dtype=torch.float32, device=weight.device)
     rows = min(N, max(1, GPU_CHUNK // (128 * stride)) * 128)
     buffer = new(rows, stride, dtype=p_dtype)
@@ -188,7 +184,6 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
         exponentials(reference=None, REPAIR=False)
         reference = F.hardshrink(peaks.amax(0), REACH)  # (n,), 0 within reach
         exponentials(reference=reference, REPAIR=True)
-
         target = targets[chunk] - reference
         others = sums.sum(0)
         total = others + target.exp()
@@ -207,7 +202,6 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                 tiled(scaled, [deep, COLUMNS]), tiled(dweight, [tall, wide_D]), dbias, n, V, D,
                 BLOCK_V=tall, BLOCK_D=wide_D, BLOCK_N=deep, FIRST=start == 0,
                 num_warps=8)  # fmt: skip
-
     # All that refers to the chunk's memory must go before dweight is copied to its own type.
     del p, buffer, exponentials
     if with_grad:

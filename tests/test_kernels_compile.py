@@ -103,6 +103,8 @@ def measure(launch, capability):
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
         instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", dump("-sass"), re.MULTILINE))
     registers, stack, local = map(int, usage.groups())
+    # All tiles come by the copy engine, and none by the threads' own copies.
+    assert "cp.async.cg" not in compiled.asm["ptx"]
     wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
     return registers, stack + local, compiled.metadata.shared, instructions, wgmma
 
