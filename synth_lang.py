@@ -231,7 +231,7 @@ class Node:
     entity: str = "O"
 
 
-# A list of options, each as often as its weight says and split in its names.
+# Returns the options of a text, each as often as its weight says and split in its names.
 @cache
 def parse_options(text):
     options = []
@@ -241,7 +241,7 @@ def parse_options(text):
     return options
 
 
-# The forms of a word of an open class, and its company. They depend on nothing else.
+# Returns the forms of a word of an open class, and its company. They depend on nothing else.
 @cache
 def open_word(name, topic, rank):
     tag, _, *endings = OPEN_CLASSES[name].split()
@@ -258,14 +258,14 @@ def zipf(rng, size):
     return int((size + 1) ** rng.random()) - 1
 
 
-# Makes a node that word of its open class.
+# Gives a node another word of its open class.
 def rename(node, rank, topic):
     node.rank, node.topic = rank, topic
     node.forms, node.company = open_word(node.name, topic, rank)
     return node
 
 
-# The word at the top of a phrase. Ranks follow Zipf's law.
+# Returns a word for the top of a phrase. Ranks follow Zipf's law.
 def make_word(rng, topic, name, deprel, head):
     word, _, upos = name.partition("/")
     node = Node(name, deprel, head, topic, upos=upos, forms=[word])
@@ -299,7 +299,7 @@ def make_word(rng, topic, name, deprel, head):
     return node
 
 
-# The words of a random phrase. Phrases stand side by side, so the trees are projective.
+# Returns the words of a random phrase. Phrases stand side by side, so the trees are projective.
 def make_phrase(rng, topic, options, deprel, head):
     # Options lead to options until the first name is a class or a word. The rules of an inner
     # option come before those of the outer one.
@@ -330,6 +330,7 @@ def make_phrase(rng, topic, options, deprel, head):
         head.plural = top.plural or deprel == "nummod"
     if top.form == BY_NUMBER:
         top.form = int(top.plural)
+    # A name is one entity, with all that belongs to it.
     nodes = [*before, top, *after]
     if name in ENTITY_TYPES:
         mark_entity(nodes, top)
@@ -346,7 +347,7 @@ def mark_entity(nodes, top):
             prefix = "I-"
 
 
-# The words of a sentence. Some topics are more frequent than others.
+# Returns the words of a random sentence. Some topics are more frequent than others.
 def make_clause(rng, options):
     topic = int(TOPICS * rng.random() ** 2)
     return make_phrase(rng, topic, options, "root", Node("", "", None, topic))
@@ -496,7 +497,7 @@ class Reordering:
         return replace(reorder(sentence, np.argsort(places).tolist()), entities=entities)
 
 
-# The words that stood at `places`, with all their labels.
+# Returns the words that stood at `places`, with all their labels.
 def reorder(sentence, places):
     # All lists are moved alike. Then heads are renumbered and BIO prefixes put right.
     moved = replace(sentence)
@@ -511,8 +512,8 @@ def reorder(sentence, places):
     return moved
 
 
-# BIO tags in a new order. An entity that comes apart becomes several, and each begins with B-: the
-# authors' code leaves an I- before its B- after an inversion.
+# Returns BIO tags in a new order. An entity that comes apart becomes several, and each begins with
+# B-. The authors' code differs: after an inversion it leaves an I- before its B-.
 def move_entities(tags, places):
     numbers, entity, previous = [], 0, "O"
     for tag in tags:
@@ -545,6 +546,9 @@ def restore_word(word):
 FINAL_MARK = regex.compile(r"[\p{Sentence_Terminal}…]+")
 
 
+# An order is a list of the places where the words stood before.
+
+
 def inverted_order(sentence, context):
     """The words in reverse, but for the mark that ends the sentence, in either script. The authors
     keep '.', '!' and '?' last; here it is the marks of all scripts, and '...' and '?!' too."""
@@ -557,6 +561,7 @@ def inverted_order(sentence, context):
 
 
 def permuted_order(sentence, context):
+    """The words in an order that depends on the seed and the sentence's number alone."""
     places = list(range(len(sentence.words)))
     # A string as the seed gives the same order in any process.
     random.Random(f"{context.seed}/{context.index}").shuffle(places)
@@ -572,12 +577,15 @@ SOV_ROWS = {
     "NOUN": "cc acl det nmod compound head flat amod nummod case cop aux mark conj",
 }
 # A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
-SOV = Counter()
-for _kind, _row in SOV_ROWS.items():
-    SOV.update(f"{_kind} {first} {second}" for first, second in combinations(_row.split(), 2))
+SOV = {
+    f"{kind} {first} {second}": 1
+    for kind, row in SOV_ROWS.items()
+    for first, second in combinations(row.split(), 2)
+}
 
 
-# For each word the places of it and of its dependents, from left to right; last the root's.
+# Returns a row for each word, the places of it and of its dependents from left to right. The last
+# row is the root's.
 def rows_of(heads):
     rows = [[] for _ in range(len(heads) + 1)]
     for word, head in enumerate(heads):
@@ -586,7 +594,7 @@ def rows_of(heads):
     return rows
 
 
-# All words that hang from the root, in the order of the rows. A phrase is in one piece.
+# Returns all words that hang from the root, in the order of the rows. A phrase is in one piece.
 def read_off(rows):
     order, opened, stack = [], set(), rows[-1][::-1]
     while stack:
@@ -600,8 +608,9 @@ def read_off(rows):
     return order
 
 
-# The rows of nouns and verbs: head, kind, and what each word is to the head, {3: "amod/ADJ"}.
-# Punctuation does not move. Subtypes of relations are left out, as treebanks differ in them.
+# Yields the rows of nouns and verbs: the head, its kind, and what each word of the row is to it, as
+# in {3: "amod/ADJ"}. Punctuation is left out, as it does not move, and so are the subtypes of
+# relations, as treebanks differ in them.
 def moving_rows(sentence):
     if None in (sentence.upos, sentence.heads):
         raise InputError("syntax needs tags and trees; give CoNLL-U that has UPOS and HEAD")
@@ -615,14 +624,14 @@ def moving_rows(sentence):
         yield head, kind, items
 
 
-# The keys of an order model for a pair of items: without tags and with them.
+# Returns the two keys that an order model has for a pair of items, without tags and with them.
 def keys_of(kind, first, second):
     relations = [item.partition("/")[0] for item in (first, second)]
     return " ".join([kind, *relations]), f"{kind} {first} {second}"
 
 
 def learn_order(sentences):
-    """The order model of a treebank's language. JSON can keep it."""
+    """Learns the order model of a treebank's language. JSON can keep it."""
     model = Counter()
     for sentence in sentences:
         for _, kind, items in moving_rows(sentence):
@@ -631,7 +640,8 @@ def learn_order(sentences):
     return model
 
 
-# Of the first item before the second. What is known without tags counts as one observation.
+# Returns the log-odds of the first item before the second. What is known without tags counts as
+# one observation with them.
 def log_odds(model, kind, first, second):
     p = 0.5
     keys, reverse_keys = keys_of(kind, first, second), keys_of(kind, second, first)
@@ -641,8 +651,8 @@ def log_odds(model, kind, first, second):
     return math.log(p / (1 - p))
 
 
-# The places of a row's items in the order of the model's language. More than 7 stand in the order
-# of how much each wants to be before all the others.
+# Returns the places of a row's items in the order of the model's language. That is the best of all
+# orders for up to 7 items. More are sorted by how much each wants to be before all the others.
 def arrange(model, kind, items):
     # A head may have hundreds of dependents, but these are of few kinds.
     odds = {pair: log_odds(model, kind, *pair) for pair in product(set(items), repeat=2)}
@@ -654,19 +664,19 @@ def arrange(model, kind, items):
     return sorted(range(len(items)), key=lambda place: -round(wish[items[place]], 9))
 
 
-# Of all orders that in which the log-odds add up to the most; of equals, the given one.
+# Returns the order in which the log-odds add up to the most; of equals, the given one.
 @cache
 def best_order(odds, size):
-
     def score(order):
         return round(sum(odds[a * size + b] for a, b in combinations(order, 2)), 9)
 
     return max(permutations(range(size)), key=score)
 
 
-# Subtrees move as wholes, and one with gaps is drawn together. Punctuation keeps its place in its
-# row, so that a final '.' stays final.
 def syntax_order(sentence, context):
+    """The dependents of nouns and verbs in the order of the model's language. Subtrees move as
+    wholes, and one with gaps is drawn together. Punctuation keeps its place in its row, so that a
+    final '.' stays final."""
     rows = rows_of(sentence.heads or [])
     for head, kind, items in moving_rows(sentence):
         # The places of the row that are not punctuation's take the items in their best order.
@@ -697,6 +707,7 @@ def transform(sentence, names, seed=0, index=0, order=SOV):
 
     `permute` depends on seed and index, the sentence's number; `syntax` on the order model.
     """
+    # A name may itself be a composition, "transliterate+invert".
     context, steps = Context(seed, index, order), []
     for text in names:
         for name in parse_transform(text):
@@ -726,19 +737,26 @@ SENTENCE = regex.compile(
     r"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))[\p{Sentence_Terminal}…]++[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
     r"(?:\s++(?!\p{Ll})|(?<=[\u3002\uff01\uff1f\uff61][\p{Sentence_Terminal}…]*\p{P}*)\s*+)|.+"
 )
-MULTIWORD = regex.compile(r"\d+[-.]\d+")  # or an empty node
+# The numbers of multi-word tokens, "3-4", and of empty nodes, "3.1".
+MULTIWORD = regex.compile(r"\d+[-.]\d+")
+# A row of CoNLL-U by its number and its many columns. Rows that are damaged, split by spaces or
+# ended as on old Macs count too, so that they are refused and not taken for plain text.
 CONLLU_ROW = regex.compile(r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )")
-ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")  # an item of MISC
+# An item of MISC. Treebanks with other annotation under this name have other values.
+ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")
+# Universal NER has `-` where it should be O.
 BIO_TAG = regex.compile(r"[O-]|[BI]-\S+")
 # By the first letter of a tag that cannot be read.
 SCHEMES = {"S": "IOBES", "E": "IOBES", "U": "BILOU", "L": "BILOU", "B": "B and I without types"}
 GAP = regex.compile(r"[\s,\[\]]*")
+# Annotators did not agree on a pair with `-`, and exports write -1 or nothing in its place.
 UNLABELLED = ("-", "-1", "")
+# What else the labels are called.
 LABELS = {**dict(zip("012", INFERENCES, strict=True)), "contradictory": "contradiction"}
 
 
-# Pairs of "file:line" and a line of a UTF-8 file or, for `-`, of standard input. Lines of more than
-# `limit` bytes come in pieces. A byte order mark at the beginning is dropped.
+# Yields pairs of "file:line" and that line of a UTF-8 file, or for `-` of standard input. A line of
+# more than `limit` bytes comes in pieces. A byte order mark at the beginning is dropped.
 def read_lines(path, limit=-1):
     # Bytes are split at "\n" and nowhere else: text may hold other characters that end lines. The
     # decoder keeps a character whose bytes lie in two pieces.
@@ -757,7 +775,7 @@ def read_lines(path, limit=-1):
         raise InputError(message) from None
 
 
-# The sentences that have words. Raises InputError if there are none.
+# Yields the sentences that have words, and raises an InputError if none has.
 def nonempty(path, sentences):
     empty = True
     for sentence in sentences:
@@ -785,7 +803,7 @@ def split_text(lines):
             yield Sentence(WORD.findall(text))
 
 
-# What stands between blank lines, as lists of (place, line).
+# Yields what stands between blank lines, as lists of (place, line).
 def blocks_of(lines):
     for filled, block in groupby(lines, key=lambda pair: bool(pair[1].strip())):
         if filled:
@@ -799,8 +817,8 @@ class Tree(Sentence):
     rows: list[list[str]] | None = None
 
 
-# The Tree of a block of CoNLL-U, and its lines that are no words: comments, multi-word tokens and
-# empty nodes.
+# Returns the Tree of a block of CoNLL-U, and those lines of it that are no words: comments,
+# multi-word tokens and empty nodes.
 def parse_block(block):
     rows, others = [], []
     for place, line in block:
@@ -827,6 +845,7 @@ def parse_block(block):
 def fill_tree(tree, place):
     columns = np.array(tree.rows, object).T.tolist()
     tree.words, upos, heads, misc = columns[1], columns[3], columns[6], columns[9]
+    # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
     if len(upos) > 1 and set(tree.words) == {"_"}:
         raise InputError(f"{place}: the text has been taken out; get it from its publisher")
     # A column that is all `_` is absent.
@@ -847,14 +866,17 @@ def fill_tree(tree, place):
 
 def read_conllu(path):
     """The sentences of a file in CoNLL-U (https://universaldependencies.org/format.html): words and
-    what there is of UPOS, trees, and entities (MISC with `Entity=B-PER`)."""
+    what there is of UPOS, trees, and entities (MISC with `Entity=B-PER`). Multi-word tokens and
+    empty nodes are no words."""
     blocks = blocks_of(read_lines(path))
     for tree in nonempty(path, (parse_block(block)[0] for block in blocks)):
         yield Sentence(tree.words, tree.upos, tree.heads, tree.deprels, tree.entities)
 
 
-# Whether the lines are CoNLL-U, by the first that is no comment; and all the lines again.
+# Returns whether the lines are CoNLL-U, which the first one that is no comment tells, and an
+# iterator over all of them, so that a pipe can be told too.
 def peek(lines):
+    # What is looked at is kept, and comes again.
     seen = []
     for place, line in lines:
         seen.append((place, line))
@@ -864,11 +886,11 @@ def peek(lines):
 
 
 def looks_like_conllu(path):
-    """Tells CoNLL-U from plain text, by content. What it reads of a pipe is gone."""
+    """Whether a file is CoNLL-U, by its content. What this reads of a pipe is gone afterwards."""
     return peek(read_lines(path))[0]
 
 
-# Columns are split by tabs, or else by spaces. Other white space belongs to the words.
+# Splits columns at tabs, or at spaces where there are none. Other white space belongs to the words.
 def split_row(line):
     line = line.rstrip(" \t")
     return line.split("\t") if "\t" in line else regex.split(" +", line.lstrip(" "))
@@ -882,6 +904,7 @@ def read_bio(path):
 
 
 def bio_sentences(lines):
+    # A new document ends the sentence as a blank line does.
     ended = ((place, "" if line.startswith("-DOCSTART-") else line) for place, line in lines)
     blocks = blocks_of(ended)
     # What a column holds is a matter of the file and not of a row: a hundred sentences tell.
@@ -915,7 +938,7 @@ def bio_sentences(lines):
 COLUMNS = [("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"), ("gold_label", "label")]
 
 
-# Rows of a tab-separated table with a header, where quotes are text.
+# Yields (place, row) of a tab-separated table with a header. Quotes are text.
 def table_rows(path, text):
     header = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -928,7 +951,7 @@ def table_rows(path, text):
             raise InputError(f"{path}:{number}: {len(cells)} columns; the header has {len(header)}")
 
 
-# Objects of JSON: in an array, one a line, or one over many lines.
+# Yields (place, row) of JSON, be it an array of objects, an object a line, or one object.
 def json_rows(path, text):
     text = text.rstrip("] \t\r\n")
     decoder, at, number = json.JSONDecoder(), 0, 1
@@ -951,6 +974,7 @@ def read_inferences(path, language="en"):
     rows = json_rows if regex.match(r"\s*[\[{]", text) else table_rows
     others, empty = set(), True
     for place, row in rows(path, text):
+        # Of the gold label and others the gold label comes first.
         cells = []
         for names in COLUMNS:
             cells += [row[name] for name in names if name in row][:1]
@@ -979,18 +1003,18 @@ def read_inferences(path, language="en"):
 
 
 # ------------------------------------------------------------------------------ the command line
-# A transformed block of CoNLL-U says how it was made, in `# transform = ...`, and MISC has each
-# word's old place, so `restore` needs nothing beside the file. Lemma, XPOS, FEATS, DEPS and MISC
-# travel with their word as they are, DEPS with its old numbers. Comments stay; `# text`, multi-word
-# tokens and empty nodes are kept as comments that begin with `#old`. What does not come back are
-# the places of comments between words, second blank lines, and line ends other than Unix's.
-
+# A transformed block of CoNLL-U says in `# transform = ...` how it was made, and in MISC what place
+# each word had, so `restore` needs nothing beside the file. All columns travel with their words,
+# DEPS with its old numbers. Comments stay as they are, but `# text` is kept as `#old# text`, and so
+# are multi-word tokens and empty nodes, which would be wrong in the new order. All of it comes
+# back, to the byte, but for three things: comments between words come back before them, a second
+# blank line in a row does not, and lines end as on Unix.
 
 # What `transform_block` puts before MISC.
 NOTE = regex.compile(r"^(?:Entity=[^|]+\|)?Old=(\d+)\|?")
 
 
-# The lines of a Tree with its present words and heads, and the blank line after it.
+# Returns the lines of a Tree, with its present words and heads, and the blank line after it.
 def format_conllu(tree, comments, misc):
     lines = []
     for number, columns in enumerate(tree.rows):
@@ -1002,7 +1026,7 @@ def format_conllu(tree, comments, misc):
     return [*sorted(comments + lines, key=lambda line: float(number.match(line)[0] or 0)), ""]
 
 
-# The lines of a block of CoNLL-U after the named transformations.
+# Returns the lines of a block of CoNLL-U after the named transformations.
 def transform_block(block, names, **context):
     tree, others = parse_block(block)
     try:
@@ -1020,10 +1044,11 @@ def transform_block(block, names, **context):
     return format_conllu(tree, comments, misc)
 
 
-# The lines of the block that `transform_block` was given.
+# Returns the lines of the block that `transform_block` was given.
 def restore_block(block):
     tree, others = parse_block(block)
     try:
+        # Of the comments the first two are those that `transform_block` added.
         names = parse_transform(others[0].removeprefix("# transform = "))
         old = [int(NOTE.match(row[9])[1]) for row in tree.rows]
         # By the old places the order comes back at once, with heads and rows.
@@ -1039,6 +1064,7 @@ def restore_block(block):
     return format_conllu(tree, [line.removeprefix("#old") for line in others[2:]], misc)
 
 
+# Yields the lines of the derived file: CoNLL-U of CoNLL-U, and of plain text a sentence a line.
 def transform_file(args):
     names, context = parse_transform(args.transform), {"seed": args.seed}
     if args.order:
@@ -1053,6 +1079,7 @@ def transform_file(args):
         yield from transform_block(block, names, index=index, **context)
 
 
+# Yields the lines of the treebank that `transform` was given. Plain text keeps no old places.
 def restore_file(args):
     is_conllu, lines = peek(read_lines(args.file))
     if not is_conllu:
@@ -1061,7 +1088,7 @@ def restore_file(args):
         yield from restore_block(block)
 
 
-# The built-in language and its derivative in CoNLL-U and as text, and their dictionary.
+# Writes the built-in language and its derivative, as CoNLL-U and as text, and their dictionary.
 def generate_files(args):
     parse_transform(args.transform)  # An unknown name is told before anything is written.
     args.file = f"{args.out}/original.conllu"
@@ -1076,7 +1103,7 @@ def generate_files(args):
     write(f"{args.out}/dictionary.tsv", dictionary)
 
 
-# A sentence of the built-in language in CoNLL-U.
+# Yields the lines of a sentence of the built-in language in CoNLL-U.
 def format_sentence(sentence):
     yield f"# text = {' '.join(sentence.words)}"
     for number, word in enumerate(sentence.words):
@@ -1097,6 +1124,7 @@ def write(path, lines):
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8", newline="") as file:
             file.writelines(f"{line}\n" for line in lines)
+        # Until now a reader of the path has seen what was there before.
         part.replace(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a place that can be written") from None
@@ -1113,7 +1141,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments=None):
     """The command line. Returns the exit status."""
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("command", choices=["generate", "transform", "restore"])
+    commands = "restore is the way back for CoNLL-U that transform wrote; plain text has none"
+    parser.add_argument("command", choices=["generate", "transform", "restore"], help=commands)
     parser.add_argument("file", nargs="?", default="-", help="text or CoNLL-U; - is standard input")
     parser.add_argument("-o", "--out", required=True, help="a file; of generate, a folder")
     parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
