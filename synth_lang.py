@@ -543,7 +543,7 @@ def restore_word(word):
         raise InputError(f"{word!r} is no transliterated word; give a derived text") from None
 
 
-FINAL_MARK = regex.compile(r"[\p{Sentence_Terminal}…]+")
+MARK = r"[\p{Sentence_Terminal}…]"  # in any script
 
 
 # An order is a list of the places where the words stood before.
@@ -556,7 +556,7 @@ def inverted_order(sentence, context):
     last = "".join(sentence.words[-1:])
     with suppress(InputError):
         last = restore_word(last)
-    moving = len(places) - bool(FINAL_MARK.fullmatch(last))
+    moving = len(places) - bool(regex.fullmatch(MARK + "+", last))
     return places[:moving][::-1] + places[moving:]
 
 
@@ -731,11 +731,12 @@ WORD = regex.compile(
     r"(?w)(?:Mr|Mrs|Ms|Dr|St)\.|\.{2,}|-{2,}|[\u2800-\u28ff]+|\p{Line_Break=Complex_Context}+"
     r"|\w.*?\b(?:[-'\u2019]\w.*?\b)*|\S.*?\b"
 )
-# A sentence ends with marks, closing quotes and white space, if no lower case comes next; with
-# marks of which one is full-width, as these take no space after them; or with its line.
+# A sentence ends with marks of which one is full-width, as these take no space after them; or with
+# marks and white space, if no lower case comes next; or with its line. Quotes may close after them.
+CLOSING = r"[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
 SENTENCE = regex.compile(
-    r"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))[\p{Sentence_Terminal}…]++[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
-    r"(?:\s++(?!\p{Ll})|(?<=[\u3002\uff01\uff1f\uff61][\p{Sentence_Terminal}…]*\p{P}*)\s*+)|.+"
+    rf"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))(?:{MARK}*?[\u3002\uff01\uff1f\uff61]{MARK}*+{CLOSING}\s*+"
+    rf"|{MARK}++{CLOSING}\s++(?!\p{{Ll}}))|.+"
 )
 # The numbers of multi-word tokens, "3-4", and of empty nodes, "3.1".
 MULTIWORD = regex.compile(r"\d+[-.]\d+")
