@@ -4,7 +4,7 @@ With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K and the gradie
 
     dE_i = (cosine u_i - u_j) / (K |E_i|),    dE_j = (cosine u_j - u_i) / (K |E_j|).
 
-Plain PyTorch passes over (K, D) matrices for each factor, about 30 K D values in all. Here a program
+Plain PyTorch passes over (K, D) matrices for each factor, 30 K D values in all. A program here
 reads the two rows of its pair, 2 K D values in all, and writes both gradients.
 """
 

