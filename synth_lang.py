@@ -927,8 +927,9 @@ def bio_sentences(lines):
             if line.startswith("#") and not (readable and word == 0 and len(row) in widths):
                 continue
             if not readable:
-                scheme = SCHEMES.get(cell[:1], "no known one")
-                message = f"{place}: tag {cell!r} (scheme: {scheme}); give a word and O, B-X or I-X"
+                scheme = SCHEMES.get(cell[:1], "unknown")
+                found = f"word {''.join(row[word : word + 1])!r}, tag {cell!r} (scheme: {scheme})"
+                message = f"{place}: {found}; give a word and O, B-X or I-X"
                 raise InputError(message)
             sentence.words.append(row[word])
             sentence.entities.append("O" if cell == "-" else cell)
