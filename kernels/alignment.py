@@ -27,9 +27,8 @@ jit = triton.jit if triton else (lambda function: function)
 
 def alignment_plain(weight, pairs):
     """The loss in plain PyTorch; rows of half types are widened to fp32 first."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    first, second = F.embedding(pairs.T, weight).to(wide)  # (K, D) each
-    return -F.cosine_similarity(first, second).mean()
+    rows = F.embedding(pairs.T, weight)  # (2, K, D)
+    return -F.cosine_similarity(*rows.to(torch.promote_types(rows.dtype, torch.float32))).mean()
 
 
 @jit
@@ -74,8 +73,8 @@ def alignment(weight: Tensor, pairs: Tensor, with_grad: bool) -> tuple[Tensor, T
 
 @alignment.register_fake
 def _(weight, pairs, with_grad):
-    shape = weight.shape if with_grad else 0
-    return weight.new_empty((), dtype=torch.float32), weight.new_empty(shape)
+    loss = weight.new_empty((), dtype=torch.float32)
+    return loss, weight.new_empty(weight.shape if with_grad else 0)
 
 
 class MadeInForward(torch.autograd.Function):

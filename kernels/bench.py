@@ -5,8 +5,8 @@
 A shape of mlm is N x D x V: rows, all with a label, width, vocabulary; of align K x D x V, K pairs;
 step is a training step of this project and of transformers. GPUs compute in bf16, but the alignment
 in fp32; CPUs in fp32. Contestants take turns, so that a busy machine is busy for all. Extra memory
-is the most that forward and backward allocate; the error, against float64, the largest relative one
-of the loss and the gradients, which floors do not have.
+is the most that forward and backward allocate. The error, which floors do not have, is the largest
+relative one of the loss and the gradients against float64.
 """
 
 import argparse
@@ -42,9 +42,8 @@ def chunked(rows=None):
 
 
 def liger(**options):
-    module = importlib.import_module("liger_kernel.transformers.functional")
-    loss = module.liger_fused_linear_cross_entropy
-    return lambda h, w, b, y: loss(h, w, y, b, **options)
+    liger = importlib.import_module("liger_kernel.transformers.functional")
+    return lambda h, w, b, y: liger.liger_fused_linear_cross_entropy(h, w, y, b, **options)
 
 
 def without_bias(module, name, **options):
@@ -87,7 +86,6 @@ def three_products(hidden, weight, logits):
 
 def masked_lm_contest(N, D, V):
     """Contestants, name -> call, and the loss and gradients in float64."""
-    torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
     hidden, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
     tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight, torch.zeros(V))]
@@ -109,8 +107,7 @@ def alignment_contest(K, D, V):
     peers["compiled"] = torch.compile(alignment_equation, dynamic=False)
     calls = {name: partial(differentiate, loss, [weight], pairs) for name, loss in peers.items()}
     # The floor: the rows of the pairs are to be read, and as many to be written.
-    rows = weight.detach()[: 2 * K]
-    target = rows.clone()
+    rows, target = weight.detach()[: 2 * K], torch.empty(2 * K, D)
     calls["a copy of the rows"] = lambda: target.copy_(rows)[:0]
     return calls, differentiate(alignment_equation, [weight.double()], pairs)
 
@@ -118,7 +115,6 @@ def alignment_contest(K, D, V):
 def step_contest():
     """L_MLM by AdamW on random tokens, from the same weights; the error is that of the loss."""
     from transformers import RobertaForMaskedLM  # needed by this contest alone
-
     s = alignmlm.preset("paper" if CUDA else "small", objective="mlm", batch=16, dropout=0.0)
     rng = np.random.default_rng(0)
     tokens = rng.integers(alignmlm.SPECIALS, s.vocab_size, (s.batch, s.positions))
@@ -185,7 +181,7 @@ def measure(shape, chosen, repeats, deadline):
             if CUDA:
                 torch.cuda.synchronize()
             turns.append(1e3 * (time.perf_counter() - start))
-        if time.monotonic() > deadline:  # A run that is cut short has fewer turns.
+        if time.monotonic() > deadline:
             break
     for name, (mib, error, turns) in rows.items():
         ms = " | ".join(f"{f(turns):,.2f}" for f in (min, np.median, max))
