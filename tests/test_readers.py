@@ -73,6 +73,7 @@ def refused(reader, path):
          "Ana sings", "B-PER O"),
         ("# checked by two annotators in May\n1\tAna\tB-PER\t-\t-\n", "Ana", "B-PER"),
         ("# plan O\nAna B-PER\n", "Ana", "B-PER"),
+        ("# a O b c\n1\tGo\tO\t-\t-\n", "Go", "O"),
         ("# id 12-ab\tdomain=en\nana _ _ B-PER\nsings _ _ O\n", "ana sings", "B-PER O"),
         # The tag `-` is O.
         ("1\tEU-debate\t-\tB-DRV\t-\n2\tin\tO\tO\t-\n3\tOslo\tB-LOC\tB-LOC\t-\n",
