@@ -412,14 +412,15 @@ def read_options(args, **changes):
 
 def guarded(main):
     """Run a command. What its user can mend is one line, and exit status 2; Ctrl-C is 130."""
+    name = Path(sys.argv[0]).name
     try:
         return main()
     except KeyboardInterrupt:
-        status, message = 130, "interrupted: the same command goes on"
+        status, message = 130, f"\n{name}: interrupted: the same command goes on"
     except (ValueError, OSError) as error:
-        status, message = 2, " ".join(str(error).split())
+        status, message = 2, f"{name}: {' '.join(str(error).split())}"
     # Only here is the error forgotten, and with it the progress bar, which ends its line.
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(message, file=sys.stderr)
     sys.exit(status)
 
 
