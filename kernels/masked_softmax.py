@@ -151,8 +151,9 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     """The loss (fp32) and its gradients in the inputs' types, or empty ones if not wanted."""
     (N, D), V = hidden.shape, len(weight)
     device = torch.cuda.get_device_properties(weight.device)
-    # 128 x 256 sums are what fits in the registers of 8 warps on Hopper; on Blackwell they would
-    # spill. The exponentials of fp16 are kept in bf16, for they need the range of fp32.
+    # Tiles have tall x wide sums, to which products of blocks `deep` are added. 128 x 256 is what
+    # the registers of 8 warps hold on Hopper, but would spill on Blackwell. The exponentials of
+    # fp16 are kept in bf16, for they need the range of fp32.
     p_dtype, tall, wide, deep = torch.bfloat16, 128, 128, 64
     if device.major == 9:
         wide = 256
@@ -170,7 +171,6 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     dhidden, dweight, dbias = (new(t.shape if with_grad else 0) for t in (hidden, weight, bias))
     label_rows = weight[labels].float()  # (N, D)
     targets = (hidden * label_rows).sum(1) + bias[labels]  # (N,), the labels' logits
-
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         h, label = hidden[chunk], labels[chunk]
@@ -185,7 +185,7 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
         reference = F.hardshrink(peaks.amax(0), REACH)  # (n,), 0 within reach
         exponentials(reference=reference, REPAIR=True)
         target = targets[chunk] - reference
-        others = sums.sum(0)
+        others = sums.sum(0)  # (n,), as are total and scale
         total = others + target.exp()
         losses[chunk] = total.log() - target
         if with_grad:
@@ -193,7 +193,7 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
             entry = -others.to(p_dtype)
             p.scatter_(1, label[:, None], entry[:, None])
             lost[chunk] = scale * (-others - entry)
-            # With `out`, autocast leaves the types as they are: exponentials are not for fp16.
+            # With `out`, autocast does not turn the exponentials into fp16.
             product = torch.mm(p[:, :V], weight.to(p_dtype), out=new(n, D, dtype=p_dtype))
             dhidden[chunk] = scale[:, None] * product
             scaled = (F.pad(h, (0, COLUMNS), value=1.0) * scale[:, None]).to(p_dtype)
@@ -202,7 +202,7 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                 tiled(scaled, [deep, COLUMNS]), tiled(dweight, [tall, wide_D]), dbias, n, V, D,
                 BLOCK_V=tall, BLOCK_D=wide_D, BLOCK_N=deep, FIRST=start == 0,
                 num_warps=8)  # fmt: skip
-    # All that refers to the chunk's memory must go before dweight is copied to its own type.
+    # Nothing may refer to p's memory any longer when dweight is copied to its own type.
     del p, buffer, exponentials
     if with_grad:
         # The label's entry is as large as all others together. Rounded to the 8 bits of bf16 it
