@@ -35,7 +35,7 @@ of_kernels = pytest.mark.skipif(not ON_KERNELS, reason="of the kernels only")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 DTYPES = list(TOLERANCE)[ON_KERNELS:]  # the kernels have no float64
 FOUR = "loss", "dhidden", "dweight", "dbias"
-property_test = settings(max_examples=6 if INTERPRETED else 50, derandomize=True, deadline=None,
+property_test = settings(max_examples=5 if INTERPRETED else 25, derandomize=True, deadline=None,
                          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 
 if INTERPRETED:
@@ -442,9 +442,9 @@ def test_what_does_not_fit_is_refused_by_name_in_one_line(loss, name, inputs):
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="of a CPU")
 def test_gradients_of_the_plain_way_are_those_of_its_values(monkeypatch):
     torch.manual_seed(0)
-    shapes = (8, 24), (11, 24), (11,)  # the kernels would not take a width of 24
+    shapes = (4, 8), (7, 8), (7,)  # the kernels would not take a width of 8
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    labels = torch.tensor([3, 10, 10, 3, 0, 0, 7, 1])
+    labels = torch.tensor([3, 6, 6, 0])
 
     # gradcheck goes back through one graph several times, which the chunked function forbids: so
     # this is the loss as without it, in PyTorch 2.11.
