@@ -38,9 +38,10 @@ from alignmlm import pair_translations, preset, to_hf, write_file, write_tokeniz
 from synth_lang import InputError, transliterate_word
 
 BLOCK = 50  # sentences; the original language has every other block of the text
-LOG_EVERY = 100  # steps
-RANK = int(os.environ.get("RANK", 0))  # the number of this process under torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+LOG_EVERY = 100  # steps from line to line of log.jsonl
+# torchrun starts several processes and tells each of them who it is.
+RANK = int(os.environ.get("RANK", 0))  # 0 for the first, which writes the files for all
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 
 
 # ---------------------------------------------------------------------------------- text to ids
@@ -63,6 +64,7 @@ class Source:
     def content_hash(self):
         """Sixteen digits that change with the text, and not with its files' places and times."""
         digest = hashlib.sha256(f"{self.sentences}".encode())
+        # An empty file stands for no order, so that it is told from one more text.
         for path in [*self.text, self.order or os.devnull]:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -74,20 +76,20 @@ def learn_subwords(source, s, folder):
 
     It runs in a process of its own, because SentencePiece would not let Python see a Ctrl-C. Raises
     InputError."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # This process just ends, without a word.
     sentences = tqdm(source.read(), "sentences to learn sub-words from")
     try:
         SentencePieceTrainer.train(
             sentence_iterator=(" ".join(sentence.words) for sentence in sentences),
             model_prefix=str(folder / "tokenizer"),
-            vocab_size=s.language_size,
+            vocab_size=s.language_size,  # of this one language
             bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=UNK,
             control_symbols=["<mask>"],  # It gets the id that is left, MASK.
             # Words are taken as they are: normalised ones would not fit their transliterations.
             normalization_rule_name="identity",
             max_sentence_length=1 << 30,  # Longer sentences would be left out, silently.
             input_sentence_size=1_000_000,  # Of a longer text it takes a sample.
-            minloglevel=2,
+            minloglevel=2,  # errors only
         )  # fmt: skip
     except RuntimeError as error:
         for _ in source.read():
@@ -106,6 +108,7 @@ class Languages:
     def __init__(self, folder, s):
         self.subwords = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.order = json.loads((folder / "order.json").read_text())
+        # Every word is encoded as in the original language, and its id is shifted afterwards.
         self.names = [n for n in synth_lang.parse_transform(s.transform) if n != "transliterate"]
 
     def derive(self, sentence, index):
@@ -115,7 +118,7 @@ class Languages:
     @functools.lru_cache(1_000_000)  # noqa: B019  A process has one such object.
     def encode(self, word):
         """The ids of a word in the original language, one or more."""
-        return self.subwords.encode(word) or [UNK]
+        return self.subwords.encode(word) or [UNK]  # SentencePiece drops a word of spaces.
 
     def encode_sentence(self, sentence):
         """The ids of all its words, and EOS."""
@@ -138,16 +141,16 @@ class Corpus:
         """Where pairs of texts of `size` ids may begin: with a sentence, if one ends with the text
         or two ids before. What is cut off need not have a counterpart in the other text, for under
         T_inv the first words of a sentence correspond to its last."""
-        ends = np.append(0, np.flatnonzero(self.derived == EOS) + 1)
-        starts = ends[ends + size <= len(self.derived)]
+        ends = np.append(0, np.flatnonzero(self.derived == EOS) + 1)  # (sentences + 1,)
+        starts = ends[ends + size <= len(self.derived)]  # A sentence starts where one ends.
         last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
-        cut_off = starts + size - last_end
+        cut_off = starts + size - last_end  # ids of a sentence that does not end in the text
         return starts[cut_off <= max(2, cut_off.min())]
 
 
 def tokenise(source, languages, s):
     """The Corpus of a text. Says how often characters have no sub-word. Raises InputError."""
-    original, derived, counterpart = [], [], []
+    original, derived, counterpart = [], [], []  # ids
     for index, sentence in enumerate(tqdm(source.read(), "sentences tokenised")):
         ids = languages.encode_sentence(sentence)
         if index // BLOCK % 2 == 0:
@@ -160,7 +163,7 @@ def tokenise(source, languages, s):
         print(f"{unknown} stretches of rare characters became <unk>", file=sys.stderr)
     if min(len(original), len(derived)) <= s.positions:
         raise InputError(f"too little text for rows of {s.positions} ids: give more")
-    derived = derive_ids(np.array(derived), s)
+    derived = derive_ids(np.array(derived), s)  # T_trans, if it is one of the transformations
     return Corpus(np.array(original), derived, np.array(counterpart))
 
 
@@ -190,7 +193,7 @@ def prepare(source, s, root):
 # -------------------------------------------------------------------------------------- batches
 def cut_rows(ids, starts, length):
     """BOS and `length` - 1 ids from each start on, (starts, length) int64."""
-    places = starts[:, None] + np.arange(length - 1)
+    places = starts[:, None] + np.arange(length - 1)  # (starts, length - 1)
     return np.insert(ids[places], 0, BOS, axis=1)
 
 
@@ -202,21 +205,22 @@ def make_batch(corpus, s, dictionary, step):
     rng = np.random.default_rng([s.seed, step])
     objective = OBJECTIVES[s.objective]
     length = SHORT_ROW if step < s.short_steps else s.positions
-    rows = s.batch * s.positions // length
+    rows = s.batch * s.positions // length  # so that every batch has as many tokens
     parts = []  # of tokens, languages and positions, (rows of the part, length) each
     for language, ids in enumerate([corpus.original, corpus.derived]):
         count = rows // 4 if objective.parallel else rows // 2
         starts = rng.integers(len(ids) - length + 1, size=count)
-        tokens = cut_rows(ids, starts, length)
+        tokens = cut_rows(ids, starts, length)  # (count, length)
         positions = np.full_like(tokens, np.arange(length))
         parts.append([tokens, np.full_like(tokens, language), positions])
     if objective.parallel:
         starts = corpus.pair_starts(length // 2 - 1)
+        # Only the first part of the text is known to be parallel.
         starts = rng.choice(starts[: 1 + int(s.parallel_share * len(starts))], rows // 2)
         original = cut_rows(corpus.counterpart, starts, length // 2)
         derived = cut_rows(corpus.derived, starts, length // 2)
         parts.append(pair_translations(original, derived))
-    tokens, languages, positions = np.concatenate(parts, axis=1)
+    tokens, languages, positions = np.concatenate(parts, axis=1)  # (rows, length) each
     batch = Batch(*mask_tokens(tokens, s, rng), languages, positions)
     return objective.change_batch(batch, dictionary, s, rng)
 
@@ -235,6 +239,7 @@ class Muon(torch.optim.Optimizer):
             momentum.lerp_(p.grad, 0.05)
             update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's way
             p.mul_(1 - group["lr"] * group["weight_decay"])
+            # The factor keeps what comes out of a tall matrix as large as out of a square one.
             p.sub_(update, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
@@ -245,9 +250,9 @@ def orthogonal(matrix):
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.mT).mT  # The products are smaller for a wide matrix.
     x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm() + 1e-7)  # No singular value is above 1 then, as the iteration needs.
     for _ in range(5):
-        gram = x @ x.mT
+        gram = x @ x.mT  # (rows, rows)
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x.to(matrix.dtype)
 
@@ -273,7 +278,7 @@ def update(model, optimizers, factor):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("peak", group["lr"])
+            group["lr"] = factor * group.setdefault("peak", group["lr"])  # the rate at the start
         optimizer.step()
         optimizer.zero_grad()
 
@@ -293,11 +298,11 @@ def pretrain(corpus, s, folder, args):
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(args.device).train()
     optimizers = make_optimizers(model, s, s.rate)
-    parts = [model, *optimizers]
+    parts = [model, *optimizers]  # what a checkpoint keeps
     start, log = 0, []
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        saved = torch.load(checkpoint, args.device, weights_only=True)
+        saved = torch.load(checkpoint, args.device, weights_only=True)  # runs no code of a pickle
         start, log = saved["step"], saved["log"]
         for part, state in zip(parts, saved["states"], strict=True):
             part.load_state_dict(state)
@@ -310,6 +315,7 @@ def pretrain(corpus, s, folder, args):
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)
     for step in bar:
         batch = make_batch(corpus, s, pairs, step)
+        # Each process takes every WORLD-th row, and the mean of their gradients is the whole's.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
         torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
@@ -326,13 +332,14 @@ def pretrain(corpus, s, folder, args):
             line = {"step": done, "loss": loss.item(), "mlm": mlm.item()}
             log.append(line | alignment_score(model, pairs))
             bar.set_postfix(log[-1])
+            # The whole log is written again: it holds nothing that was done twice.
             text = "".join(json.dumps(line) + "\n" for line in log)
             write_file(folder / "log.jsonl", text.encode())
         if done % args.save_every == 0:
             states = [part.state_dict() for part in parts]
             written = folder / "checkpoint.part"
             torch.save({"step": done, "log": log, "states": states}, written)
-            written.replace(checkpoint)
+            written.replace(checkpoint)  # A kill leaves the old checkpoint or the new one.
     return model
 
 
@@ -351,7 +358,7 @@ def run(folder, s, source, args):
             raise ValueError(f"{path}: has other settings or text: give another folder")
     if finished:
         return
-    if RANK == 0:
+    if RANK == 0:  # The others wait, and do not learn the same sub-words side by side.
         data = prepare(source, s, folder.parent)
         folder.mkdir(exist_ok=True)
         write_file(path, json.dumps(record, indent=2).encode())
@@ -384,22 +391,26 @@ def subword_table(subwords, s):
 def add_options(parser):
     """Options for the text and the machine, and one for every setting, the commonest first."""
     add = parser.add_argument
+    # A file given in one folder is found from another.
     add("--corpus", "--treebank", dest="text", nargs="+", action="extend", default=[],
         metavar="FILE", type=os.path.abspath,
-        help="plain text or trees in CoNLL-U, one sentence after another (the built-in language)")
+        help="plain text or trees in CoNLL-U, one text after another (the built-in language)")
     add("--order", metavar="FILE", type=os.path.abspath,
         help="trees in CoNLL-U whose order `syntax` borrows (one with the verb last)")
     add("--sentences", type=int, default=60_000, help="length of the built-in text (%(default)s)")
     add("--preset", choices=PRESETS, default="tiny", help="what is not given below (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="where to train (%(default)s)")
+    add("--device", choices=["cpu", "cuda"], default=device, help="where to train (%(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    # The comments beside the settings in alignmlm.py are the text.
     comments = dict(re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)))
     for name, meaning in comments.items():
         values = ", ".join(f"{preset} {getattr(s, name)}" for preset, s in PRESETS.items())
         kind = type(getattr(Settings, name))
-        add("--" + name.replace("_", "-"), metavar=kind.__name__, default=argparse.SUPPRESS,
-            type=json.loads if kind is bool else kind, help=f"{meaning} ({values})")  # fmt: skip
+        kind = json.loads if kind is bool else kind  # "true" and "false" can be given.
+        # Without a value here, what is not given stays as it is in the preset.
+        add("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
+            help=f"{meaning} ({values})")  # fmt: skip
 
 
 def read_options(args, **changes):
@@ -412,13 +423,12 @@ def read_options(args, **changes):
 
 def guarded(main):
     """Run a command. What its user can mend is one line, and exit status 2; Ctrl-C is 130."""
-    name = Path(sys.argv[0]).name
     try:
         return main()
     except KeyboardInterrupt:
-        status, message = 130, f"\n{name}: interrupted: the same command goes on"
+        status, message = 130, f"\n{Path(sys.argv[0]).name}: interrupted: the same command goes on"
     except (ValueError, OSError) as error:
-        status, message = 2, f"{name}: {' '.join(str(error).split())}"
+        status, message = 2, f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}"
     # Only here is the error forgotten, and with it the progress bar, which ends its line.
     print(message, file=sys.stderr)
     sys.exit(status)
