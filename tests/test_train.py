@@ -95,20 +95,19 @@ def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(
     folder = train.prepare(SOURCE, s, root)
     corpus, languages = np.load(folder / "ids.npz"), train.Languages(folder, s)
     texts = {"original": [], "derived": [], "counterpart": []}
+    names = [name for name in transform.split("+") if name != "transliterate"]
     for index, sentence in enumerate(synth_lang.generate(1200)):
-        def add(side, words):
-            for word in words:
+        moved = synth_lang.transform(sentence, names, index=index)[0]
+        sides = {"original": sentence}
+        if index % 100 >= 50:
+            sides = {"counterpart": sentence, "derived": moved}
+        for side, told in sides.items():
+            for word in told.words:
                 texts[side] += languages.encode(word)
             texts[side].append(EOS)
-
-        if index % 100 < 50:
-            add("original", sentence.words)
-        else:
-            names = [name for name in transform.split("+") if name != "transliterate"]
-            add("counterpart", sentence.words)
-            add("derived", synth_lang.transform(sentence, names, index=index)[0].words)
     shift = 200 if "transliterate" in transform else 0
-    assert s.shift == shift and len(languages.subwords) == 400 - shift
+    spelled = [languages.subwords.id_to_piece(id) for id in range(400 - shift)]
+    assert s.shift == shift and spelled[:5] == ["<s>", "<pad>", "</s>", "<mask>", "<unk>"]
     for side, ids in texts.items():
         if side == "derived":
             ids = [id if id < SPECIALS else id + shift for id in ids]
@@ -131,13 +130,6 @@ def test_the_halves_are_about_equal_for_a_treebank(count):
     assert len(corpus.original) + len(corpus.derived) == 2 * count
     assert len(corpus.counterpart) == len(corpus.derived)
     assert abs(len(corpus.original) - len(corpus.derived)) <= 2 * 50
-
-
-def test_the_special_ids_come_first(root):
-    s = small()
-    subwords = train.Languages(train.prepare(SOURCE, s, root), s).subwords
-    spelled = [subwords.id_to_piece(id) for id in range(SPECIALS)]
-    assert spelled == ["<s>", "<pad>", "</s>", "<mask>", "<unk>"]
 
 
 @pytest.mark.parametrize("word", ["", "▁", "<mask>", "<s>", "☃", "two words"])
@@ -466,8 +458,8 @@ def test_a_finished_run_needs_no_text_and_others_can_read_it(tmp_path, command, 
     assert command("run", *options, "--corpus", "here/text.txt") == (0, [])
     record = json.loads(Path("run/settings.json").read_text())
     assert record["source"]["text"] == [str(text)] and len(record["content"]) == 16
-    for path in [tmp_path / "run", *tmp_path.glob("run/**/*"), *tmp_path.glob("data-*/**/*")]:
-        assert path.stat().st_mode & 0o044 == 0o044, path
+    for path in tmp_path.glob("[rd]*/**/*"):
+        assert path.stat().st_mode & 0o044 == path.parent.stat().st_mode & 0o044 == 0o044, path
     text.unlink()
     before = bits(Path("run"))
     assert command("run", *options, "--corpus", text) == (0, [])
@@ -520,22 +512,18 @@ def test_the_suggested_vocabulary_works(transform, vocab_size, tmp_path, command
     assert command(tmp_path / "run", *options, "--vocab-size", number)[0] == 0
 
 
-def test_an_option_that_is_given_twice_adds():
+def test_the_options_and_their_help():
     parser = synth_lang.Parser()
     train.add_options(parser)
     args = parser.parse_args(["--corpus", "a", "b", "--treebank", "c", "--steps", "7"])
     s, source = train.read_options(args, seed=4)
     assert source.text == [os.path.abspath(name) for name in "abc"]
     assert s == preset("tiny", steps=7, seed=4)
-
-
-def test_help_tells_the_meaning_and_the_presets_of_every_setting():
-    parser = synth_lang.Parser()
-    train.add_options(parser)
     text = " ".join(parser.format_help().split())
-    for name in Settings.__dataclass_fields__:
-        values = ", ".join(f"{name_} {getattr(s, name)}" for name_, s in PRESETS.items())
-        assert re.search(rf"--{name.replace('_', '-')} \w+ [^(]+\({re.escape(values)}\)", text)
+    for setting in Settings.__dataclass_fields__:
+        values = ", ".join(f"{name} {getattr(s, setting)}" for name, s in PRESETS.items())
+        option = "--" + setting.replace("_", "-")
+        assert re.search(rf"{option} \w+ [^(]+\({re.escape(values)}\)", text)
     assert text.index("--corpus") < text.index("--objective") < text.index("--tune-epochs")
 
 
