@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, set_random_generator_seed
 from torch import distributed, nn
 from tqdm import tqdm
 
@@ -77,6 +77,7 @@ def learn_subwords(source, s, folder):
     It runs in a process of its own, because SentencePiece would not let Python see a Ctrl-C. Raises
     InputError."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # This process just ends, without a word.
+    set_random_generator_seed(0)  # Of a very long text it takes a sample.
     sentences = tqdm(source.read(), "sentences to learn sub-words from")
     try:
         SentencePieceTrainer.train(
@@ -88,7 +89,7 @@ def learn_subwords(source, s, folder):
             # Words are taken as they are: normalised ones would not fit their transliterations.
             normalization_rule_name="identity",
             max_sentence_length=1 << 30,  # Longer sentences would be left out, silently.
-            input_sentence_size=1_000_000,  # Of a longer text it takes a sample.
+            input_sentence_size=1_000_000,  # in the sample
             minloglevel=2,  # errors only
         )  # fmt: skip
     except RuntimeError as error:
