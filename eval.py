@@ -98,10 +98,10 @@ class Task:
         yield [EOS], None
 
     def score(self, answers):
-        """In percent. answers: of each row the right labels and those said, two lists of names."""
+        """In percent. answers: of each row the right labels and those said, arrays of names."""
         right = asked = 0
         for gold, said in answers:
-            right += sum(a == b for a, b in zip(gold, said, strict=True))
+            right += sum(gold == said)
             asked += len(gold)
         return 100 * right / asked
 
@@ -176,9 +176,10 @@ def words_alone(learn, test):
     for pair in test:
         scores = {}
         for label, count in counts.items():
-            scores[label] = math.log(count["all pairs"])
-            for item in evidence(pair):  # Adding one smooths the counts.
-                scores[label] += math.log((count[item] + 1) / (count["all pairs"] + 2))
+            # Adding one smooths the counts; fsum has no order, as sets have none.
+            total = count["all pairs"]
+            logs = [math.log((count[item] + 1) / (total + 2)) for item in evidence(pair)]
+            scores[label] = math.log(total) + math.fsum(logs)
         right += max(scores, key=scores.get) == pair.label
     return 100 * right / len(test)
 
@@ -232,11 +233,9 @@ def make_rows(task, examples, names, languages, s, derived):
 # ---------------------------------------------------------------------------------- fine-tuning
 def predict(tagger, tokens, language):
     """tokens (B, T) int64, padded -> logits (B, T, labels)."""
-    languages = torch.full_like(tokens, language)
-    with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
-        seen = (tokens != PAD)[:, None, None, :]
-        hidden = tagger.encode(tokens, languages, attention_mask=seen)
-        return tagger.classifier(hidden).float()
+    seen = (tokens != PAD)[:, None, None, :]
+    hidden = tagger.encode(tokens, torch.full_like(tokens, language), attention_mask=seen)
+    return tagger.classifier(hidden)
 
 
 def batches(rows):
@@ -257,7 +256,8 @@ def fine_tune(model, rows, labels, language, epochs):
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
-    tagger.word_embeddings.weight.requires_grad_(not s.freeze_embeddings)
+    for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
+        embeddings.requires_grad_(not s.freeze_embeddings)
     # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained.
     optimizers = train.make_optimizers(tagger, replace(s, optimizer="adamw"), s.tune_rate)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
@@ -273,13 +273,12 @@ def fine_tune(model, rows, labels, language, epochs):
 @torch.no_grad()
 def measure(tagger, task, rows, names, language):
     """The task's score, in percent, on rows of a language."""
-    answers = []
+    names, answers = np.array(names), []
     for tokens, labels in batches(rows):
-        found = predict(tagger, tokens, language).argmax(2)
-        for gold, said in zip(labels, found, strict=True):
+        found = predict(tagger, tokens, language).argmax(2).numpy(force=True)
+        for gold, said in zip(labels.numpy(force=True), found, strict=True):
             asked = gold != SILENT
-            gold = [names[label] for label in gold[asked].tolist()]
-            answers.append((gold, [names[label] for label in said[asked].tolist()]))
+            answers.append((names[gold[asked]], names[said[asked]]))
     return task.score(answers)
 
 
@@ -312,20 +311,15 @@ def evaluate(folder, name, examples, device):
     cell["BS"] = measure(supervised, task, derived[:, n:], names, 1)
     cell["BZ"] = measure(zero_shot, task, derived[:, n:], names, 1)
     cell["Delta"] = cell["BZ"] - cell["BS"]
-    # Only the derived words take their turned rows: fine-tuning may have changed the others.
     dictionary = make_dictionary(s)
-    turned = rotate(model, dictionary)
-    derived_words = slice(s.language_size, None)
-    E = zero_shot.word_embeddings.weight.detach()
-    E[derived_words] = turned.word_embeddings.weight.detach()[derived_words]
-    cell["BZ rotated"] = measure(zero_shot, task, derived[:, n:], names, 0)
-    for suffix, scored in (("", model), (" rotated", turned)):
+    cell["BZ rotated"] = measure(rotate(zero_shot, dictionary), task, derived[:, n:], names, 0)
+    for suffix, scored in (("", model), (" rotated", rotate(model, dictionary))):
         for words, share in alignment_score(scored, dictionary).items():
             cell[f"alignment {words}{suffix}"] = share
     # What can be had without a model.
     commonest = mode(task.all_labels(learn))
-    gold = map(task.labels_of, test)
-    cell["chance"] = task.score((row, [commonest] * len(row)) for row in gold)
+    rows = [np.array(task.labels_of(example)) for example in test]
+    cell["chance"] = task.score((row, [commonest] * len(row)) for row in rows)
     if name == "nli":
         cell["words alone"] = words_alone(learn, test)
     write_file(folder / f"{name}.json", json.dumps(cell, indent=2).encode())
@@ -342,7 +336,7 @@ def read_cells(folder):
     if not cells:
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
     cells.sort(key=lambda cell: (cell["transform"], list(OBJECTIVES).index(cell["objective"])))
-    return pd.DataFrame(cells)
+    return cells
 
 
 def correlation(alignment, delta):
@@ -379,7 +373,7 @@ def markdown(name, cells):
     table = table.reset_index().join(PUBLISHED.filter(regex=f"{name}|alignment"),
                                      on=["transform", "objective"])
     lines = [f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:", ""]
-    lines += [table.fillna("-").to_markdown(index=False, disable_numparse=True), ""]
+    lines += [table.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True), ""]
     lines.append(f"Always saying the commonest label: {cells['chance'].mean():.1f}.")
     if name == "nli":
         lines.append(f"A bag of words (naive Bayes): {cells['words alone'].mean():.1f}.")
@@ -403,32 +397,34 @@ def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
     logs = []
     for run in runs.itertuples():
-        log = pd.read_json(folder / run.run / "log.jsonl", lines=True)
-        logs.append(log.assign(transform=run.transform, objective=run.objective))
+        log_path = folder / run.run / "log.jsonl"
+        if log_path.exists():  # A run of few steps has logged nothing.
+            log = pd.read_json(log_path, lines=True)
+            logs.append(log.assign(transform=run.transform, objective=run.objective))
     lines = {"x": "step", "y": "outside", "hue": "objective", "col": "transform"}
-    logs = pd.concat(logs).reindex(columns=lines.values())
-    grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
-    grid.set_titles("{col_name}").set_ylabels("alignment outside of D, %").savefig(path)
+    if logs:
+        logs = pd.concat(logs).reindex(columns=lines.values())
+        grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
+        grid.set_titles("{col_name}").set_ylabels("alignment outside of D, %").savefig(path)
 
 
 def draw_words(folder, runs, path, count=30):
     """The most frequent words of both languages on their first two principal components, before
-    and after pre-training, a column an objective; a line joins the two of a pair."""
-    runs = runs.drop_duplicates("objective")
-    figure = Figure((1 + 3 * len(runs), 6), layout="constrained")
-    axes = iter(figure.subplots(len(runs), 2).flat)
-    for run in runs.itertuples():
-        model, _ = read_run(folder / run.run)
-        torch.manual_seed(run.seed)
-        for time, state in (("before", MaskedLM(model.settings)), ("after", model)):
-            words = torch.cat([words.detach()[:count] for words in words_of_both(state)])
-            U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
-            x, y = (U * S)[:, :2].T.unflatten(1, (2, -1))  # (2 languages, words) each
-            axis = next(axes)
-            axis.set_title(f"{run.objective}, {time}")
-            axis.plot(x, y, color="0.8")
-            axis.plot(x[0], y[0], "o", label="original")
-            axis.plot(x[1], y[1], "x", label="derived")
+    and after pre-training, a panel an objective; a line joins the two of a pair."""
+    models = {}
+    for run in runs.drop_duplicates("objective").itertuples():
+        models[run.objective], _ = read_run(folder / run.run)
+    torch.manual_seed(run.seed)
+    models["before pre-training"] = MaskedLM(models[run.objective].settings)
+    figure = Figure((4 * len(models), 4), layout="constrained")
+    for number, (title, model) in enumerate(models.items(), 1):
+        words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
+        U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
+        x, y = (U * S)[:, :2].T.unflatten(1, (2, -1))  # (2 languages, words) each
+        axis = figure.add_subplot(1, len(models), number, title=title)
+        axis.plot(x, y, color="0.8")
+        axis.plot(x[0], y[0], "o", label="original")
+        axis.plot(x[1], y[1], "x", label="derived")
     axis.legend()
     figure.savefig(path)
 
@@ -438,7 +434,8 @@ def report(folder, out):
     out = out or folder
     out.mkdir(parents=True, exist_ok=True)
     cells = read_cells(folder)
-    write_file(out / "results.json", cells.to_json(orient="records", indent=1).encode())
+    write_file(out / "results.json", json.dumps(cells, indent=1).encode())
+    cells = pd.DataFrame(cells)
     cells["objective"] = [OBJECTIVES[name].label for name in cells["objective"]]
     for name in Settings.__dataclass_fields__:
         # In an ablation what else varies tells the rows apart.
