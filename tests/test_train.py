@@ -426,7 +426,7 @@ def test_two_processes_train_as_one_does(root):
     train.run(root / "one", small(objective="xlm", dropout=0.0, steps=100), SOURCE, ARGS)
     one, two = [load_file(root / name / "model" / "model.safetensors") for name in ("one", "two")]
     for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0, msg=name)
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0, msg=name)
     losses = [json.loads((root / name / "log.jsonl").read_text())["mlm"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
@@ -489,7 +489,7 @@ BAD = {  # arguments: what the line names
 @pytest.mark.parametrize("given", BAD)
 def test_bad_input_is_one_line_that_names_the_place(given, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("short.txt").write_text("a b c.\n")
+    Path("short.txt").write_text("a b c.\n" * 52)
     Path("plain.txt").write_text("This is a text.\n" * 100)
     Path("latin.txt").write_bytes(b"This is a text.\n" * 2000 + b"Caf\xe9\n")
     Path("columns.conllu").write_text("1\tWe\t_\tPRON\t_\t_\t0\troot\t_\n\n")
