@@ -51,7 +51,7 @@ COLUMNS += ["alignment all", "alignment outside", "alignment outside rotated"]
 
 # The paper's numbers, of English: XNLI, WikiANN, and Universal Dependencies.
 PUBLISHED = """
-transform         objective paper_nli_BS nli_BZ paper_ner_BS ner_BZ paper_pos_BS pos_BZ alignment
+transform            objective    nli_BS nli_BZ       ner_BS ner_BZ       pos_BS pos_BZ alignment
 transliterate        MLM            76.4   74.9         80.6   78.0         95.0   94.6      90.0
 transliterate+invert MLM            73.9   56.7         79.2   35.9         95.0   56.5       0.3
 transliterate+syntax MLM            73.5   69.0         71.3   52.3         93.6   91.6      57.3
@@ -256,6 +256,7 @@ def fine_tune(model, rows, labels, language, epochs):
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
+    # Without frozen embeddings the words of one language would move away from the other's.
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
     # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained.
@@ -370,13 +371,14 @@ def markdown(name, cells):
     # Without words outside of D there is no alignment of them.
     table = groups[[column for column in COLUMNS if column in cells]].agg(spread)
     table.insert(0, "seeds", groups.size())
-    table = table.reset_index().join(PUBLISHED.filter(regex=f"{name}|alignment"),
-                                     on=["transform", "objective"])
+    paper = PUBLISHED.filter(regex=f"{name}|alignment").add_prefix("paper: ")
+    table = table.reset_index().join(paper, on=["transform", "objective"])
     lines = [f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:", ""]
     lines += [table.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True), ""]
     lines.append(f"Always saying the commonest label: {cells['chance'].mean():.1f}.")
     if name == "nli":
         lines.append(f"A bag of words (naive Bayes): {cells['words alone'].mean():.1f}.")
+    # As in the paper a row is one point, so that seeds do not count as several.
     means = groups[["alignment all", "Delta"]].mean()
     if len(means) > 2:
         lines.append(correlation(means["alignment all"], means["Delta"]))
@@ -387,6 +389,7 @@ def draw_scores(name, cells, path):
     """BS and BZ of every objective, a panel a transformation; a dot is a seed."""
     title = f"{TASKS[name].title}, %"
     scores = cells.melt(["transform", "objective"], ["BS", "BZ"], "score", title)
+    # A bar is the mean over seeds, a line on it the standard deviation.
     axes = {"x": "objective", "y": title, "hue": "score"}
     grid = sns.catplot(scores, kind="bar", col="transform", errorbar="sd", **axes)
     grid.map_dataframe(sns.stripplot, **axes, dodge=True, palette=["black", "black"])
@@ -493,7 +496,8 @@ def grid(variants, args):
         folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
         jobs.append(joblib.delayed(run_cell)(folder, s, source, examples, args))
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough
-    where = {"backend": "loky", "n_jobs": args.jobs}  # It shares the cores out among the jobs.
+    # joblib shares the cores out: two jobs on two cores have one thread each.
+    where = {"backend": "loky", "n_jobs": args.jobs}
     if args.scheduler:
         where = {"backend": "dask", "scheduler_host": args.scheduler}
     with joblib.parallel_config(**where):

@@ -305,7 +305,7 @@ def test_batches_have_each_row_once_and_little_padding():
 
 def aligned_run(root, name, **changes):
     """A run whose derived words have the embeddings of their counterparts, in a folder."""
-    s = small(transform="transliterate", tune_epochs=2, freeze_embeddings=True, **changes)
+    s = small(transform="transliterate", tune_epochs=8, freeze_embeddings=True, **changes)
     torch.manual_seed(1)
     model = MaskedLM(s)
     E = model.word_embeddings.weight.data
@@ -334,7 +334,7 @@ def test_zero_shot_equals_source_if_every_word_is_aligned(root):
             5 : s.shift
         ]
     save_run(root, folder, s, model_of)
-    cell = evaluation.evaluate(folder, "pos", examples_of("pos"), "cpu")
+    cell = evaluation.evaluate(folder, "pos", examples_of("pos", (300, 40)), "cpu")
     assert cell["BZ"] == cell["source"] == cell["BS"] and cell["Delta"] == 0
     assert cell["alignment all"] == cell["alignment outside"] == 100
     assert json.loads((folder / "pos.json").read_text()) == cell
@@ -348,10 +348,10 @@ def test_the_rotation_finds_a_random_one(root):
         E = model.word_embeddings.weight
         E[5 + s.shift :] = E[5 : s.shift] @ turn
     save_run(root, folder, s, model)
-    cell = evaluation.evaluate(folder, "pos", examples_of("pos"), "cpu")
+    cell = evaluation.evaluate(folder, "pos", examples_of("pos", (300, 40)), "cpu")
     assert cell["BZ rotated"] == pytest.approx(cell["source"], abs=0.3)
     assert cell["alignment outside rotated"] == 100 and cell["alignment outside"] < 20
-    assert cell["BZ"] < cell["source"]
+    assert cell["BZ"] < cell["source"] - 10 and cell["Delta"] == cell["BZ"] - cell["BS"] < -10
 
 
 def test_chance_is_the_commonest_label_of_the_examples_to_learn_from(root, capfd):
@@ -387,7 +387,7 @@ def test_rows_that_are_cut_are_counted_once(root, capfd):
 
 # --------------------------------------------------------------------------------- correlation
 def published(task):
-    return PUBLISHED["alignment"], PUBLISHED[f"{task}_BZ"] - PUBLISHED[f"paper_{task}_BS"]
+    return PUBLISHED["alignment"], PUBLISHED[f"{task}_BZ"] - PUBLISHED[f"{task}_BS"]
 
 
 def numbers(sentence):
