@@ -327,7 +327,7 @@ def test_the_language_is_the_one_that_scores_were_measured_with():
     """Chances, classes and order are those of the language that scores were measured with, as
     30,000 sentences of either have shown; from here on the sentences stay as they are."""
     columns = [[s.words, s.upos, s.heads, s.deprels, s.entities] for s in generate(2000, seed=7)]
-    assert digest(columns) == "DIGEST"
+    assert digest(columns) == "8b6ee832b9287b03"
 
 
 def test_generated_sentences_are_valid():
