@@ -125,9 +125,12 @@ DEPENDENTS = """
     end         1     ]       punct         PUNCT:.*6 | PUNCT:! | PUNCT:?
 """
 RULES = [line.split(maxsplit=4) for line in DEPENDENTS.strip().splitlines()]
-# Closed classes: the tag and the words, frequent ones first; after the stroke those for a plural.
-# Classes of names begin with the type of entity that they are.
-CLOSED_CLASSES = {
+# Words. Of a closed class: the tag and the words, frequent ones first, after a stroke those for a
+# plural. Classes of names begin with the type of entity that they are. Of an open class: the tag,
+# how many words a topic has, whose stems they share, and the endings of a word's forms, where `-`
+# is none: the two numbers of nouns; -s, base, -ed and -ing of verbs. What one does with a hammer is
+# to hammer, and an adverb of manner is an adjective and -ly.
+CLASSES = {
     "determiner": "DET:the a this that every some no another each any|the all some these no those",
     "he": "PRON:it he she this that someone one | they we you these all some many those",
     "him": "PRON:it him her that this one nothing | them us you all these some those",
@@ -149,11 +152,6 @@ CLOSED_CLASSES = {
     "number": "NUM:two 3 ten four 12 seven 5 one 40 six 1984 nine 100",
     "amount": "SYM:% $ £",
     "ORG-of": "PROPN:University Bank Museum",
-}
-# Open classes: the tag, how many words a topic has, whose stems they share, and the endings of a
-# word's forms, where `-` is none: the two numbers of nouns; -s, base, -ed and -ing of verbs. What
-# one does with a hammer is to hammer, and an adverb of manner is an adjective and -ly.
-OPEN_CLASSES = {
     "person": "NOUN 8 person - s",
     "thing": "NOUN 10 thing - s",
     "place": "NOUN 6 place - s",
@@ -188,18 +186,18 @@ class Node:
     """A word of a sentence in the making."""
 
     name: str  # of its class; or its tag and the word itself, "ADP:of"
+    upos: str
     deprel: str
     head: "Node"
     topic: int
-    depth: int = 0  # of recursive phrases
-    plural: bool = False
-    upos: str = ""
-    forms: tuple = ()
+    depth: int  # of phrases within phrases
+    plural: bool
+    forms: list
+    company: int  # what its dependents' ranks begin with, so that it has favourites
     form: int = BY_NUMBER
-    company: int = 0  # what its dependents' ranks begin with, so that it has favourites
     entity: str = "O"
 
-ROOT = Node("", "", None, 0)  # the head of the top word
+ROOT = Node("", "", "", None, 0, 0, False, [], 0)  # the head of the top word
 
 @cache
 def parse_options(text):  # Returns lists of names, each list as often as its weight says.
@@ -211,7 +209,7 @@ def parse_options(text):  # Returns lists of names, each list as often as its we
 
 @cache
 def open_word(name, topic, rank):  # Returns the forms of a word and its company, always the same.
-    upos, _, stems, *endings = OPEN_CLASSES[name].split()
+    upos, _, stems, *endings = CLASSES[name].split()
     rng = random.Random(f"{stems} {topic} {rank}")
     # The most frequent word of a topic has one syllable, and the others have two.
     parts = SYLLABLES[:3] if rank == 0 else SYLLABLES
@@ -224,33 +222,39 @@ def zipf(rng, size):  # Draws a rank by Zipf's law, 0 the most often.
     return int((size + 1) ** rng.random()) - 1
 
 def make_word(rng, topic, name, relation, head):  # Returns the top word of a phrase.
-    node = Node(name, relation.strip("*^~"), head, topic, head.depth + ("~" in relation))
-    node.plural = rng.random() < 0.35 and node.deprel != "compound"
+    deprel = relation.strip("*^~")
+    plural = rng.random() < 0.35 and deprel != "compound"
+    # Some agree with their heads: they were, these dogs, dogs that were.
     if "^" in relation:
-        node.plural = head.plural
-    if name in OPEN_CLASSES:
-        node.upos, size, *_ = OPEN_CLASSES[name].split()
+        plural = head.plural
+    upos, _, words = CLASSES.get(name, name).partition(":")
+    if words:
+        # In a closed class the frequent words come first.
+        words = words.split("|")[-1 if plural else 0].split()
+        forms, company = [words[zipf(rng, len(words))]], 0
+    else:
+        upos, size, *_ = upos.split()
         rank = zipf(rng, int(size))
         # Most often the head's favourites are the frequent ones, and the topic stays.
         if rng.random() < 0.6:
             rank += head.company
         if rng.random() < 0.15:
-            node.topic = rng.randrange(TOPICS)
-        node.forms, node.company = open_word(name, node.topic, rank % int(size))
-    else:
-        node.upos, _, words = CLOSED_CLASSES.get(name, name).partition(":")
-        words = words.split("|")[-1 if node.plural else 0].split()
-        node.forms = [words[zipf(rng, len(words))]]
+            topic = rng.randrange(TOPICS)
+        forms, company = open_word(name, topic, rank % int(size))
+    # An auxiliary decides the form of its verb.
     head.form = VERB_FORMS.get(name, head.form)
-    return node
+    depth = head.depth + ("~" in relation)
+    return Node(name, upos, deprel, head, topic, depth, plural, forms, company)
 
 # Returns the words of a random phrase. Phrases stand side by side, so the trees are projective.
 def make_phrase(rng, topic, options, relation, head):
+    # Options lead to options until the first name is a class or a word.
     names = rng.choice(parse_options(options))
     while names[0] in PHRASES:
         names = rng.choice(parse_options(PHRASES[names[0]])) + names[1:]
     top = make_word(rng, topic, names[0], relation, head)
     nodes = [top]
+    # Each dependent is a phrase of its own, put at one of four places.
     for name, chance, places, below, dependent in RULES:
         chance = float(chance) if name in names else 0
         if "~" in below:
@@ -270,10 +274,11 @@ def make_phrase(rng, topic, options, relation, head):
             if node.head is not top or node.deprel not in ("case", "cc", "punct"):
                 node.entity = prefix + top.name[:3]
                 prefix = "I-"
-    # Only now is it known whether a subject is plural and which form the top has.
+    # Only now is it known whether a subject is plural, and whether a verb has an auxiliary.
     if top.deprel in ("nsubj", "nummod"):
         head.plural = top.plural or top.deprel == "nummod"
     if top.form == BY_NUMBER:
+        # Without an auxiliary a verb is present or past.
         past = top.upos == "VERB" and rng.random() < 0.45
         top.form = PAST if past else int(top.plural)
     return nodes
@@ -282,7 +287,7 @@ def make_clause(rng, options):
     topic = int(TOPICS * rng.random() ** 2)  # Some are more frequent than others.
     return make_phrase(rng, topic, options, "root", ROOT)
 
-def make_sentence(nodes):
+def make_sentence(nodes):  # The head of the root stands at 0. Words of one form have it always.
     return Sentence(
         [node.forms[node.form % len(node.forms)] for node in nodes],
         [node.upos for node in nodes],
@@ -311,7 +316,9 @@ def generate_inferences(n, seed=0):
         contradiction   one of several negations comes, as in "hardly sings", or seldom goes
 
     Whatever the label, the hypothesis leaves out adjectives until it is one word shorter than the
-    premise, so that its length tells nothing.
+    premise, so that its length tells nothing. One premise in seven has a negation, too. Of 6,000
+    pairs naive Bayes learns to tell the label of 66 in 100 others by the hypothesis, of 90 if it
+    also knows which words the premise lacks.
     """
     rng = random.Random(f"inference {seed}")
     for number in range(n):
@@ -323,11 +330,13 @@ def generate_inferences(n, seed=0):
         negations = [node for node in nodes if node.deprel == "advmod"]
         noun = rng.choice(adjectives).head
         if label == "entailment":
+            # Rank 0 is the most frequent.
             noun.forms, _ = open_word(noun.name, noun.topic, 0)
         elif label == "neutral":
             kept = adjectives.pop(rng.randrange(2))
             while kept.forms[0] in premise.words:
                 kept.forms, _ = open_word("adjective", kept.topic, zipf(rng, 12))
+        # Contradiction:
         elif negations:
             nodes.remove(negations[0])
         else:
@@ -781,28 +790,17 @@ NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*
 
 # Returns the lines of a block of CoNLL-U after the named transformations.
 def transform_block(block, names, *context):
-    tree, others = parse_block(block)
+    tree, others = parse_block(block)  # comments, multi-word tokens and empty nodes
     comments = [line for line in others if line.startswith("#")]
     tree, _ = transform(tree, names if tree.words else [], *context)
     for number, row in enumerate(tree.rows):
         row[9] += f"|Old={row[0]}:{row[6]}:{row[1]}"
         # Where there are two entity tags `read_conllu` takes the first, which is the new one.
-        if tree.entities is not None:
+        if tree.entities:
             row[9] = f"Entity={tree.entities[number]}|{row[9]}"
         row[:2] = str(number + 1), tree.words[number]
-        if tree.heads is not None:
+        if tree.heads:
             row[6] = str(tree.heads[number])
-    return [*comments, *map("\t".join, tree.rows), ""]
-
-# Returns the lines of the block that `transform_block` was given.
-def restore_block(block):
-    tree, comments = parse_block(block)
-    for row in tree.rows:
-        note = NOTE.fullmatch(row[9])
-        if not note:
-            raise InputError(f"{block[0][0]}: MISC without Old=; give a file that transform wrote")
-        row[9], row[0], row[6], row[1] = note.groups()
-    tree.rows.sort(key=lambda row: int(row[0]))
     return [*comments, *map("\t".join, tree.rows), ""]
 
 # Yields the lines of the built-in language in CoNLL-U.
@@ -819,6 +817,7 @@ def generate_file(args):
 def transform_file(args):
     names = parse_transform(args.transform)
     order = learn_order(read_conllu(args.order)) if args.order else SOV
+    # The content tells the format. A pipe has no name that could.
     is_conllu, lines = peek(read_lines(args.file))
     if is_conllu:
         for index, block in enumerate(blocks_of(lines)):
@@ -827,9 +826,18 @@ def transform_file(args):
         for index, sentence in enumerate(nonempty(args.file, split_text(lines))):
             yield " ".join(transform(sentence, names, args.seed, index, order)[0].words)
 
-def restore_file(args):
+def restore_file(args):  # Yields the lines of the file that was transformed.
     for block in blocks_of(read_lines(args.file)):
-        yield from restore_block(block)
+        tree, comments = parse_block(block)
+        for row in tree.rows:
+            note = NOTE.fullmatch(row[9])
+            if not note:
+                place = block[0][0]
+                raise InputError(f"{place}: MISC without Old=; give a file that transform wrote")
+            row[9], row[0], row[6], row[1] = note.groups()
+        # The old numbers tell the old order.
+        tree.rows.sort(key=lambda row: int(row[0]))
+        yield from [*comments, *map("\t".join, tree.rows), ""]
 
 COMMANDS = {"generate": generate_file, "transform": transform_file, "restore": restore_file}
 
@@ -840,6 +848,7 @@ def write(path, lines):
         raise InputError(f"{path}: no regular file; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
+    # Until it is replaced, readers of the path see what was there before.
     try:
         with part.open("w", encoding="utf-8", newline="") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -861,6 +870,7 @@ def main(arguments=None):  # Exits with 2 where the input is at fault.
     parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
     parser.add_argument("--seed", type=int, default=0, help="of generate and permute")
     try:
+        # Intermixed: the file may follow after options.
         args = parser.parse_intermixed_args(arguments)
         path = Path(args.out).resolve()
         if args.command == "generate":

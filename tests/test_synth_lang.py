@@ -438,7 +438,7 @@ def pairs():
 
 
 def negations(words):
-    return {*sl.CLOSED_CLASSES["negation"].partition(":")[2].split()} & {*words}
+    return {*sl.CLASSES["negation"].partition(":")[2].split()} & {*words}
 
 
 def test_pairs_are_valid_short_and_balanced():
@@ -459,7 +459,7 @@ def senses():
     """Of each form of a noun or an adjective: (class, topic, rank)."""
     known = defaultdict(set)
     for name in ("person", "thing", "place", "adjective"):
-        size = int(sl.OPEN_CLASSES[name].split()[1])
+        size = int(sl.CLASSES[name].split()[1])
         for topic, rank in itertools.product(range(sl.TOPICS), range(size)):
             for form in sl.open_word(name, topic, rank)[0]:
                 known[form].add((name, topic, rank))
@@ -653,7 +653,9 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
         (["translate", text], "invalid choice: 'translate'"),
         (["generate", "--seeds", "1"], "unrecognized arguments: --seeds 1"),
         (["generate", "--out", f"{good}/below"], "Not a directory"),
+        (["transform", text, "--out", folder / "pipe"], f"{folder / 'pipe'}: no regular file"),
     ]
+    os.mkfifo(folder / "pipe")
     before = set(folder.rglob("*"))
     for arguments, message in cases:
         where = [] if "--out" in arguments else ["-o", str(out)]
