@@ -454,7 +454,6 @@ SOV = {
     for kind, row in SOV_ROWS.items()
     for first, second in combinations(row.split(), 2)
 }
-KINDS = {"NOUN": "NOUN", "PROPN": "NOUN", "VERB": "VERB"}  # of the heads whose dependents move
 
 def rows_of(heads):  # Returns the places of each word and its dependents; those of the root at -1.
     rows = {-1: []}
@@ -486,8 +485,10 @@ def moving_rows(sentence):
             relation = "head" if word == head else sentence.deprels[word].partition(":")[0]
             if relation != "punct":
                 items[word] = relation, f"{relation}/{sentence.upos[word]}"
-        if head in items and sentence.upos[head] in KINDS:
-            yield head, KINDS[sentence.upos[head]], items
+        if head in items:  # It is in all rows but the root's.
+            kind = sentence.upos[head].replace("PROPN", "NOUN")
+            if kind in SOV_ROWS:
+                yield head, kind, items
 
 def learn_order(sentences):
     """Learns the order model of a treebank's language. JSON can keep it."""
@@ -572,22 +573,13 @@ SENTENCE = regex.compile(
     rf"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))(?:{MARK}*?[\u3002\uff01\uff1f\uff61]{MARK}*+{CLOSING}\s*+"
     rf"|{MARK}++{CLOSING}\s++(?!\p{{Ll}}))|.+"
 )
-# What parts sentences: a blank line, or in CoNLL-2003 the beginning of a document.
-BLANK = regex.compile(r"\s*$|-DOCSTART-")
-# Comments, multi-word tokens, "3-4", and empty nodes, "3.1". An old Mac's file is one long line.
-NO_WORD = regex.compile(r"#[^\r]*|\d+[-.]\d+(?:\t[^\t]*){9}")
-# A row of CoNLL-U by its number and its many columns. Rows that are damaged, split by spaces or
-# ended as on old Macs count too, so that they are refused and not taken for plain text.
-CONLLU_ROW = regex.compile(r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )")
-# An item of MISC. Treebanks with other annotation under this name have other values.
-ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")
 # Rows of a word and its tag: after the number of the word or first in the row, and with the tag
 # right after the word or last. Universal NER has `-` where it should be O.
 BIO_ROWS = [
-    regex.compile(r"\d+\t([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?"),
-    regex.compile(r"\d+\t([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)"),
-    regex.compile(r"([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?"),
-    regex.compile(r"([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)"),
+    r"(?m)^\d+\t([^\t\n]+)\t([O-]|[BI]-\S+)(?:\t.*)?$",
+    r"(?m)^\d+\t([^\t\n]+)(?:\t[^\t\n]+)*\t([O-]|[BI]-\S+)$",
+    r"(?m)^([^\t\n]+)\t([O-]|[BI]-\S+)(?:\t.*)?$",
+    r"(?m)^([^\t\n]+)(?:\t[^\t\n]+)*\t([O-]|[BI]-\S+)$",
 ]
 # By the first letter of a tag that cannot be read.
 SCHEMES = {"S": "IOBES", "E": "IOBES", "U": "BILOU", "L": "BILOU", "B": "B and I without types"}
@@ -610,8 +602,9 @@ def read_lines(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
     except UnicodeDecodeError:
-        message = f"{path}:{number}: bytes that are not UTF-8; convert the file to UTF-8"
-        raise InputError(message) from None
+        raise InputError(
+            f"{path}:{number}: bytes that are not UTF-8; convert the file to UTF-8"
+        ) from None
 
 def nonempty(path, sentences):  # Yields the sentences that have words. One of them must.
     empty = True
@@ -631,9 +624,11 @@ def split_text(lines):
         for text in SENTENCE.findall(line):
             yield Sentence(WORD.findall(text))
 
-def blocks_of(lines):  # Yields what stands between blank lines, as lists of (place, line).
-    for filled, block in groupby(lines, key=lambda pair: not BLANK.match(pair[1])):
-        if filled:
+# Yields what stands between blank lines, as lists of (place, line). The beginning of a document of
+# CoNLL-2003 parts sentences too.
+def blocks_of(lines):
+    for blank, block in groupby(lines, lambda pair: regex.match(r"\s*$|-DOCSTART-", pair[1])):
+        if not blank:
             yield list(block)
 
 @dataclass
@@ -648,20 +643,23 @@ def parse_block(block):
     rows, others = [], []
     for place, line in block:
         columns = line.split("\t")
-        if NO_WORD.fullmatch(line):
+        # Comments, multi-word tokens, "3-4", and empty nodes, "3.1". An old Mac's file is one line.
+        if regex.fullmatch(r"#[^\r]*|\d+[-.]\d+(?:\t[^\t]*){9}", line):
             others.append(line)
         elif len(columns) == 10 and columns[0] == str(len(rows) + 1):
             rows.append(columns)
         else:
-            found = f"{len(columns)} columns, word {columns[0][:20]!r}"
-            mend = "number words 1, 2, 3, with a blank line at the end, in 10 columns split by tabs"
-            raise InputError(f"{place}: {found}; {mend}")
+            raise InputError(
+                f"{place}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
+                "with a blank line at the end, in 10 columns split by tabs"
+            )
     tree = Tree([row[1] for row in rows], rows=rows)
     for name, number in {"upos": 3, "heads": 6, "deprels": 7}.items():
         column = [row[number] for row in rows]
         if set(column) - {"_"}:  # A column that is all `_` is absent.
             setattr(tree, name, column)
-    tags = [ENTITY.search(row[9]) for row in rows]
+    # Treebanks with other annotation under this name have other values.
+    tags = [regex.search(r"(?<![^|])Entity=(O|[BI]-[^|]+)", row[9]) for row in rows]
     if any(tags):
         tree.entities = [tag[1] if tag else "O" for tag in tags]
     check_tree(tree, block[0][0])
@@ -675,8 +673,9 @@ def check_tree(tree, place):  # Checks the words and the heads, and makes the he
         tree.heads = [int(head) if head.isdecimal() else -1 for head in tree.heads]
         # All words of a tree are reached from its root. Others are in a cycle or hang from no word.
         if tree.heads.count(0) != 1 or len(read_off(rows_of(tree.heads))) < len(tree.heads):
-            mend = "let heads be numbers of words and all lead to one word, whose head is 0"
-            raise InputError(f"{place}: no tree; {mend}")
+            raise InputError(
+                f"{place}: no tree; let heads be numbers of words and lead to one, whose head is 0"
+            )
 
 def read_conllu(path):
     """The sentences of a file in CoNLL-U (https://universaldependencies.org/format.html): words and
@@ -692,7 +691,10 @@ def read_conllu(path):
 def peek(lines):
     lines, ahead = tee(lines)
     content = (line for _, line in ahead if not regex.fullmatch(r"#[^\r]*|\s*", line))
-    return bool(CONLLU_ROW.search(next(content, ""))), lines
+    # A row has a number and many columns. Rows that are damaged, split by spaces or ended as on old
+    # Macs count too, so that they are refused and not taken for plain text.
+    row = r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )"
+    return bool(regex.search(row, next(content, ""))), lines
 
 def looks_like_conllu(path):
     """Whether a file is CoNLL-U, by its content. What this reads of a pipe is gone afterwards."""
@@ -714,21 +716,23 @@ def tab_columns(lines):
 def bio_sentences(blocks):
     # What a column holds is a matter of the file and not of a row: a hundred sentences tell.
     first = list(islice(blocks, 100))
-    rows = [line for _, line in chain(*first) if not line.startswith("#")]
+    text = "\n".join(line for _, line in chain(*first) if not line.startswith("#"))
     # The form of rows is the one that finds most tags. A column of nothing but `-` has none.
-    form = max(BIO_ROWS, key=lambda form: sum(m[2] != "-" for m in map(form.fullmatch, rows) if m))
+    form = max(BIO_ROWS, key=lambda form: sum(tag != "-" for _, tag in regex.findall(form, text)))
     for block in chain(first, blocks):
         sentence = Sentence([], entities=[])
         for place, line in block:
-            row = form.fullmatch(line)
+            row = regex.fullmatch(form, line)
             if row:
                 sentence.words.append(row[1])
                 sentence.entities.append(row[2] if row[2] != "-" else "O")
             # A `#` with a tag is a word, and without one it begins a comment.
             elif not line.startswith("#"):
                 tag = line.rpartition("\t")[2]
-                found = f"{line!r}, tag {tag!r} (scheme: {SCHEMES.get(tag[:1], 'unknown')})"
-                raise InputError(f"{place}: {found}; give a word and O, B-X or I-X")
+                raise InputError(
+                    f"{place}: {line!r}, tag {tag!r} (scheme: {SCHEMES.get(tag[:1], 'unknown')}); "
+                    "give a word and O, B-X or I-X"
+                )
         yield reorder(sentence, range(len(sentence.words)))
 
 # Yields (place, row) of a tab-separated table with a header, in which quotes are text, or of JSON:
@@ -764,8 +768,9 @@ def read_inferences(path, language="en"):
             texts, label = (row["premise"], row["hypothesis"]), str(row["label"]).lower()
             "".join(texts).encode()  # Half of a surrogate pair has no encoding.
         except (TypeError, KeyError, UnicodeError):
-            message = f"{place}: no text; give columns premise, hypothesis and label"
-            raise InputError(message) from None
+            raise InputError(
+                f"{place}: no text; give columns premise, hypothesis and label"
+            ) from None
         label = LABELS.get(label, label)
         if row.get("language", language) != language:
             others.add(str(row["language"]))
@@ -778,8 +783,10 @@ def read_inferences(path, language="en"):
             yield Inference(premise, hypothesis, label)
             empty = False
     if empty:
-        choice = f"choose one of {sorted(others)} or give another file"
-        raise InputError(f"{path}: empty, no labelled pair in language {language!r}; {choice}")
+        raise InputError(
+            f"{path}: empty, no labelled pair in language {language!r}; choose one of "
+            f"{sorted(others)} or give another file"
+        )
 
 # ------------------------------------------------------------------------------ the command line
 # In a transformed CoNLL-U file MISC keeps what each word was before, its number, head and form as
