@@ -853,6 +853,7 @@ def write(path, lines):
     # Nothing takes the place of a device such as /dev/stdout.
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: no regular file; give another name")
+    path = path.resolve()  # A link stays one.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     # Until it is replaced, readers of the path see what was there before.
@@ -879,7 +880,7 @@ def main(arguments=None):  # Exits with 2 where the input is at fault.
     try:
         # Intermixed: the file may follow after options.
         args = parser.parse_intermixed_args(arguments)
-        path = Path(args.out).resolve()
+        path = Path(args.out)
         if args.command == "generate":
             path = path / "original.conllu"
         write(path, COMMANDS[args.command](args))

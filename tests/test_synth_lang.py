@@ -666,6 +666,8 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
         assert error.startswith("synth_lang.py: ") and error.count("\n") == 1, error
         assert message in error and ("; " in error or "Errno" in error), error
         assert not out.exists() and set(folder.rglob("*")) == before
+    shell = run("transform", text, "-o", "/dev/stdout")
+    assert shell.returncode == 2 and "/dev/stdout: no regular file" in shell.stderr
     shell = run("transform", "no-such-file", "-o", out)
     assert shell.returncode == 2 and shell.stderr.count("\n") == 1
 
