@@ -16,7 +16,7 @@ of it, to the transformations, to the readers of other people's files, to the co
 import argparse
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -456,14 +456,14 @@ SOV = {
 }
 
 def rows_of(heads):  # Returns the places of each word and its dependents; those of the root at -1.
-    rows = {-1: []}
+    rows = defaultdict(list)
     for word, head in enumerate(heads):
-        rows.setdefault(word, []).append(word)
-        rows.setdefault(head - 1, []).append(word)
+        rows[word].append(word)
+        rows[head - 1].append(word)
     return rows
 
-def read_off(rows):  # Returns all words that hang from the root, in the order of the rows.
-    order, waiting = [], rows.pop(-1)
+def read_off(rows):  # Returns the words that hang from the root, in order. It uses up the rows.
+    order, waiting = [], rows[-1]
     while waiting:
         word = waiting.pop()
         # First a word stands for its whole phrase, which is read from its end, and then for itself.
@@ -581,8 +581,6 @@ BIO_ROWS = [
     r"(?m)^([^\t\n]+)\t([O-]|[BI]-\S+)(?:\t.*)?$",
     r"(?m)^([^\t\n]+)(?:\t[^\t\n]+)*\t([O-]|[BI]-\S+)$",
 ]
-# By the first letter of a tag that cannot be read.
-SCHEMES = {"S": "IOBES", "E": "IOBES", "U": "BILOU", "L": "BILOU", "B": "B and I without types"}
 # The columns of pairs by what else they are called. A gold label overrules those of annotators.
 COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
            "gold_label": "label"}  # fmt: skip
@@ -728,10 +726,9 @@ def bio_sentences(blocks):
                 sentence.entities.append(row[2] if row[2] != "-" else "O")
             # A `#` with a tag is a word, and without one it begins a comment.
             elif not line.startswith("#"):
-                tag = line.rpartition("\t")[2]
                 raise InputError(
-                    f"{place}: {line!r}, tag {tag!r} (scheme: {SCHEMES.get(tag[:1], 'unknown')}); "
-                    "give a word and O, B-X or I-X"
+                    f"{place}: {line!r}; give a word and O, B-X or I-X, for the schemes IOBES and "
+                    "BILOU and tags without a type are not read"
                 )
         yield reorder(sentence, range(len(sentence.words)))
 

@@ -117,15 +117,15 @@ def test_only_tabs_and_spaces_split_columns(write, word):
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("Ana S-PER\nLopez O\n", 1, "'S-PER' (scheme: IOBES)"),
-        ("Ana O\nNew B-LOC\nYork E-LOC\n", 3, "'E-LOC' (scheme: IOBES)"),
-        ("Ana U-PER\n", 1, "'U-PER' (scheme: BILOU)"),
-        ("New B-LOC\nYork L-LOC\n", 2, "'L-LOC' (scheme: BILOU)"),
-        ("Ana B\nLopez I\n", 1, "'B' (scheme: B and I without types)"),
+        ("Ana S-PER\nLopez O\n", 1, "'Ana\\tS-PER'; give a word and O, B-X or I-X, for"),
+        ("Ana O\nNew B-LOC\nYork E-LOC\n", 3, "the schemes IOBES and BILOU"),
+        ("Ana U-PER\n", 1, "the schemes IOBES and BILOU"),
+        ("New B-LOC\nYork L-LOC\n", 2, "the schemes IOBES and BILOU"),
+        ("Ana B\nLopez I\n", 1, "tags without a type are not read"),
         ("1\tAna\tB-PER\tO\n2\t\tO\tO\n", 2, "give a word and O, B-X or I-X"),
         ("Ana B-PER\n  O\n", 2, "give a word"),
         ("1\tGo\tO\n2\thome\n", 2, "give a word"),
-        ("Go O\nhome PER\n", 2, "'PER'"),
+        ("Go O\nhome PER\n", 2, "PER'; give"),
         (b"Go O\nb\xff O\n", 2, "not UTF-8"),
     ],
 )
