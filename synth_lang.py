@@ -573,6 +573,10 @@ SENTENCE = regex.compile(
     rf"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))(?:{MARK}*?[\u3002\uff01\uff1f\uff61]{MARK}*+{CLOSING}\s*+"
     rf"|{MARK}++{CLOSING}\s++(?!\p{{Ll}}))|.+"
 )
+# What parts sentences: a blank line, or in CoNLL-2003 the beginning of a document.
+BLANK = regex.compile(r"\s*$|-DOCSTART-")
+# An item of MISC. Treebanks with other annotation under this name have other values.
+ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")
 # Rows of a word and its tag: after the number of the word or first in the row, and with the tag
 # right after the word or last. Universal NER has `-` where it should be O.
 BIO_ROWS = [
@@ -622,11 +626,9 @@ def split_text(lines):
         for text in SENTENCE.findall(line):
             yield Sentence(WORD.findall(text))
 
-# Yields what stands between blank lines, as lists of (place, line). The beginning of a document of
-# CoNLL-2003 parts sentences too.
-def blocks_of(lines):
-    for blank, block in groupby(lines, lambda pair: regex.match(r"\s*$|-DOCSTART-", pair[1])):
-        if not blank:
+def blocks_of(lines):  # Yields what stands between blank lines, as lists of (place, line).
+    for filled, block in groupby(lines, lambda pair: not BLANK.match(pair[1])):
+        if filled:
             yield list(block)
 
 @dataclass
@@ -641,11 +643,11 @@ def parse_block(block):
     rows, others = [], []
     for place, line in block:
         columns = line.split("\t")
-        # Comments, multi-word tokens, "3-4", and empty nodes, "3.1". An old Mac's file is one line.
-        if regex.fullmatch(r"#[^\r]*|\d+[-.]\d+(?:\t[^\t]*){9}", line):
-            others.append(line)
-        elif len(columns) == 10 and columns[0] == str(len(rows) + 1):
+        if len(columns) == 10 and columns[0] == str(len(rows) + 1):
             rows.append(columns)
+        # Comments, multi-word tokens, "3-4", and empty nodes, "3.1". An old Mac's file is one line.
+        elif regex.fullmatch(r"#[^\r]*|\d+[-.]\d+(?:\t[^\t]*){9}", line):
+            others.append(line)
         else:
             raise InputError(
                 f"{place}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
@@ -656,8 +658,7 @@ def parse_block(block):
         column = [row[number] for row in rows]
         if set(column) - {"_"}:  # A column that is all `_` is absent.
             setattr(tree, name, column)
-    # Treebanks with other annotation under this name have other values.
-    tags = [regex.search(r"(?<![^|])Entity=(O|[BI]-[^|]+)", row[9]) for row in rows]
+    tags = [ENTITY.search(row[9]) for row in rows]
     if any(tags):
         tree.entities = [tag[1] if tag else "O" for tag in tags]
     check_tree(tree, block[0][0])
@@ -739,7 +740,7 @@ def rows_of_pairs(path):
     header = lines[0][1] if lines else ""
     is_json = regex.match(r"\s*[\[{]", header)
     # JSON that does not end with its line goes on to the end of the file.
-    if is_json and not header.rstrip().endswith("}"):
+    if is_json and not regex.match(r"\s*\{.*\}\s*$", header):
         lines = [(path, "\n".join(line for _, line in lines))]
     for place, line in lines if is_json else lines[1:]:
         cells = line.split("\t")

@@ -316,6 +316,7 @@ ONE_BAD = [(CAT, DOG, "neutral"), (CAT, DOG, "-"), (CAT, DOG, "neutral")]
         json.dumps(NEUTRAL[0]) + "\n\n" + json.dumps({**NEUTRAL[0], "gold_label": "-"}),
         json.dumps(NEUTRAL),
         json.dumps(NEUTRAL, indent=1),
+        "[" + json.dumps(NEUTRAL[0]) + "\n," + json.dumps({**NEUTRAL[0], "gold_label": "-"}) + "]",
         json.dumps(NEUTRAL[0], indent=2),
         "  " + json.dumps(NEUTRAL[0]) + "\n",
         json.dumps(objects((CAT, DOG, 1), (CAT, DOG, -1), names=NAMES)),
