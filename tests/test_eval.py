@@ -611,7 +611,7 @@ def test_a_dask_cluster_runs_the_cells(tmp_path, files, monkeypatch):
     assert {cell["objective"] for cell in results} == {"mlm", "xlm"}
 
 
-def doubled_order(sentence, context):
+def doubled_order(sentence, **context):
     """A fifth transformation: the second half of a sentence first."""
     half = len(sentence.words) // 2
     return [*range(half, len(sentence.words)), *range(half)]
