@@ -67,7 +67,6 @@ transliterate+syntax ALIGN-MLM      74.7   71.1         71.3   58.3         93.7
 """
 PUBLISHED = pd.read_csv(StringIO(PUBLISHED), sep=r"\s+", index_col=["transform", "objective"])
 
-
 # --------------------------------------------------------------------------------------- tasks
 class Task:
     """What is asked of a model. This one asks for each word's part of speech."""
@@ -105,7 +104,6 @@ class Task:
             asked += len(gold)
         return 100 * right / asked
 
-
 class Ner(Task):
     """Named entities, as BIO tags of the words."""
 
@@ -123,7 +121,6 @@ class Ner(Task):
             either += len(gold) + len(said)
         return 200 * both / max(either, 1)
 
-
 def entities(tags):
     """The entities in BIO tags, well-formed or not: a set of (type, first word, last word + 1)."""
     found = set()
@@ -136,7 +133,6 @@ def entities(tags):
             start = place
         previous = tag
     return found
-
 
 class Nli(Task):
     """Natural language inference: one label, asked for at BOS of BOS premise EOS hypothesis EOS."""
@@ -158,7 +154,6 @@ class Nli(Task):
             for word in derive(sentence, index).words:
                 yield encode(word), None
             yield [EOS], None
-
 
 def words_alone(learn, test):
     """Accuracy of naive Bayes on the hypothesis's words, and on those that the premise lacks.
@@ -183,9 +178,7 @@ def words_alone(learn, test):
         right += max(scores, key=scores.get) == pair.label
     return 100 * right / len(test)
 
-
 TASKS = {"pos": Task(), "ner": Ner(), "nli": Nli()}
-
 
 def read_examples(args):
     """The examples of each task: those to learn from, and those to test on.
@@ -204,7 +197,6 @@ def read_examples(args):
             raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
         examples[name] = parts
     return examples
-
 
 def make_rows(task, examples, names, languages, s, derived):
     """Rows in one language: their token ids and their labels, together (2, rows, T) int64.
@@ -229,14 +221,12 @@ def make_rows(task, examples, names, languages, s, derived):
         print(f"{cut} of {len(examples)} rows are cut to {longest} tokens", file=sys.stderr)
     return torch.from_numpy(rows)
 
-
 # ---------------------------------------------------------------------------------- fine-tuning
 def predict(tagger, tokens, language):
     """tokens (B, T) int64, padded -> logits (B, T, labels)."""
     seen = (tokens != PAD)[:, None, None, :]
     hidden = tagger.encode(tokens, torch.full_like(tokens, language), attention_mask=seen)
     return tagger.classifier(hidden)
-
 
 def batches(rows):
     """Rows (2, rows, T) in random order, TUNE_BATCH at a time: (2, B, T).
@@ -248,7 +238,6 @@ def batches(rows):
     for number in torch.randperm(len(parts)):
         part = parts[number]
         yield rows[:, part, : lengths[part].max()]
-
 
 def fine_tune(model, rows, labels, language, epochs):
     """A tagger trained on rows of a language: a copy of the model with a classifier of labels."""
@@ -270,7 +259,6 @@ def fine_tune(model, rows, labels, language, epochs):
         train.update(tagger, optimizers, min(10 * step, steps - step) / steps)
     return tagger.eval()
 
-
 @torch.no_grad()
 def measure(tagger, task, rows, names, language):
     """The task's score, in percent, on rows of a language."""
@@ -282,13 +270,11 @@ def measure(tagger, task, rows, names, language):
             answers.append((names[gold[asked]], names[said[asked]]))
     return task.score(answers)
 
-
 def read_run(folder):
     """The model and the Languages of a finished run. Raises ValueError or OSError without one."""
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     model = from_hf(folder / "model", Settings(**settings))
     return model, train.Languages(folder, model.settings)
-
 
 def evaluate(folder, name, examples, device):
     """Fine-tune and test a run on a task and write folder/NAME.json; returns what it holds."""
@@ -326,7 +312,6 @@ def evaluate(folder, name, examples, device):
     write_file(folder / f"{name}.json", json.dumps(cell, indent=2).encode())
     return cell
 
-
 # -------------------------------------------------------------------------------------- report
 def read_cells(folder):
     """What all finished runs in a folder have scored, a row a run and task, as reports say it."""
@@ -338,7 +323,6 @@ def read_cells(folder):
         raise ValueError(f"{folder}: holds no finished run: nothing to report")
     cells.sort(key=lambda cell: (cell["transform"], list(OBJECTIVES).index(cell["objective"])))
     return cells
-
 
 def correlation(alignment, delta):
     """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
@@ -358,12 +342,10 @@ def correlation(alignment, delta):
     return (f"Spearman's rho of alignment and -Delta: {test.statistic:.3f} (p = {test.pvalue:.2g}, "
             f"{len(x)} rows, 95 % of bootstrap samples {low:.2f} to {high:.2f}).")  # fmt: skip
 
-
 def spread(values):
     """Mean and standard deviation over seeds, or a dash for what is not defined."""
     deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
     return "-" if values.isna().any() else f"{values.mean():.1f}{deviation}"
-
 
 def markdown(name, cells):
     """The cells of a task as a table in the paper's layout, its numbers at the right."""
@@ -384,7 +366,6 @@ def markdown(name, cells):
         lines.append(correlation(means["alignment all"], means["Delta"]))
     return "\n".join([*lines, "", ""])
 
-
 def draw_scores(name, cells, path):
     """BS and BZ of every objective, a panel a transformation; a dot is a seed."""
     title = f"{TASKS[name].title}, %"
@@ -394,7 +375,6 @@ def draw_scores(name, cells, path):
     grid = sns.catplot(scores, kind="bar", col="transform", errorbar="sd", **axes)
     grid.map_dataframe(sns.stripplot, **axes, dodge=True, palette=["black", "black"])
     grid.set_titles("{col_name}").set_xlabels("").savefig(path)
-
 
 def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
@@ -409,7 +389,6 @@ def draw_training(folder, runs, path):
         logs = pd.concat(logs).reindex(columns=lines.values())
         grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
         grid.set_titles("{col_name}").set_ylabels("alignment outside of D, %").savefig(path)
-
 
 def draw_words(folder, runs, path, count=30):
     """The most frequent words of both languages on their first two principal components, before
@@ -430,7 +409,6 @@ def draw_words(folder, runs, path, count=30):
         axis.plot(x[1], y[1], "x", label="derived")
     axis.legend()
     figure.savefig(path)
-
 
 def report(folder, out):
     """Write and print the tables of all finished runs; write their figures and results.json."""
@@ -454,7 +432,6 @@ def report(folder, out):
     write_file(out / "report.md", text.encode())
     print(text)
 
-
 # ---------------------------------------------------------------------------------------- grid
 def read_variants(parser, args):
     """The options of each variant of an ablation, by what it adds to a folder's name.
@@ -471,7 +448,6 @@ def read_variants(parser, args):
         variants[f"-{setting}={value}"] = parser.parse_args([*sys.argv[1:], option])
     return variants
 
-
 def run_cell(folder, s, source, examples, args):
     """Train a run and evaluate it on every task, as far as it is not done; returns what failed."""
     try:
@@ -481,7 +457,6 @@ def run_cell(folder, s, source, examples, args):
                 evaluate(folder, name, examples[name], args.device)
     except Exception as error:  # The other cells are to go on.
         return f"{folder}: {error}"
-
 
 def grid(variants, args):
     """Run every cell that is not finished, and report."""
@@ -507,7 +482,6 @@ def grid(variants, args):
     if failures:
         text = f"{len(failures)} of {len(jobs)} cells failed; the same command goes on"
         raise ValueError("; ".join([text, *failures]))
-
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
@@ -546,7 +520,6 @@ def main():
     else:
         examples = read_examples(args)[args.command]
         print(json.dumps(evaluate(args.folder, args.command, examples, args.device), indent=2))
-
 
 if __name__ == "__main__":
     train.guarded(main)

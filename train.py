@@ -291,7 +291,7 @@ def pretrain(corpus, s, folder, args):
     optimizers = make_optimizers(model, s, s.rate)
     checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
     start, lines = load_checkpoint(checkpoint, model, optimizers), []
-    if start:  # What was logged after the checkpoint comes again.
+    if start >= LOG_EVERY:  # What was logged after the checkpoint comes again.
         lines = log.read_text().splitlines()[: start // LOG_EVERY]
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     pairs = make_dictionary(s)

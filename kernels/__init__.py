@@ -8,7 +8,6 @@ import torch
 
 from kernels import alignment, masked_softmax
 
-
 def fused(weight):
     """Whether the Triton kernels run for weight (V, D). Everything else goes PyTorch's own way."""
     if not weight.is_cuda or torch.version.hip or alignment.triton is None:
@@ -26,7 +25,6 @@ def fused(weight):
     device = torch.cuda.get_device_properties(weight.device)
     enough = device.shared_memory_per_block_optin >= masked_softmax.SHARED_MEMORY
     return device.major >= 9 and enough
-
 
 def masked_lm_loss(hidden, weight, bias, labels):
     """Mean cross entropy of softmax(hidden weight^T + bias): L_MLM of Tang et al. (2022).
@@ -50,7 +48,6 @@ def masked_lm_loss(hidden, weight, bias, labels):
         return alignment.made_in_forward(masked_softmax.masked_lm, hidden, weight, bias, labels)
     return masked_softmax.masked_lm_plain(hidden, weight, bias, labels)
 
-
 def alignment_loss(weight, pairs):
     """Minus the mean cosine of rows i and j of weight over the pairs (i, j): L_align, same paper.
 
@@ -65,13 +62,11 @@ def alignment_loss(weight, pairs):
         return alignment.made_in_forward(alignment.alignment, weight, pairs)
     return alignment.alignment_plain(weight, pairs)
 
-
 def _check_matrix(name, tensor):
     if tensor.dim() != 2 or not tensor.is_floating_point():
         found = (tuple(tensor.shape), tensor.dtype)
         raise ValueError(f"{name} is {found}; it must be a matrix of a floating type")
     return tensor.shape
-
 
 def _check(name, tensor, shape, dtype, device):
     found = (tuple(tensor.shape), tensor.dtype, tensor.device)

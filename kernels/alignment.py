@@ -24,12 +24,10 @@ except ImportError:  # There is no Triton for macOS: PyTorch's own way serves.
     triton = tl = constexpr = TensorDescriptor = None
 jit = triton.jit if triton else (lambda function: function)
 
-
 def alignment_plain(weight, pairs):
     """The loss in plain PyTorch; rows of half types are widened to fp32 first."""
     rows = F.embedding(pairs.T, weight)  # (2, K, D)
     return -F.cosine_similarity(*rows.to(torch.promote_types(rows.dtype, torch.float32))).mean()
-
 
 @jit
 def alignment_kernel(weight, pairs, losses, gradient, K, V, D: constexpr, BLOCK_D: constexpr,
@@ -56,7 +54,6 @@ def alignment_kernel(weight, pairs, losses, gradient, K, V, D: constexpr, BLOCK_
         tl.store(gradient + i * D + d, (cosine * unit_i - unit_j) * (inverse_i / K), mask=inside)
         tl.store(gradient + j * D + d, (cosine * unit_j - unit_i) * (inverse_j / K), mask=inside)
 
-
 # An operator of its own, so that torch.compile puts the launch in its graph and looks no further.
 @torch.library.custom_op("alignmlm::alignment", mutates_args=())
 def alignment(weight: Tensor, pairs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -70,12 +67,10 @@ def alignment(weight: Tensor, pairs: Tensor, with_grad: bool) -> tuple[Tensor, T
                            WITH_GRAD=with_grad, num_warps=max(1, block // 512))  # fmt: skip
     return losses.mean(), gradient
 
-
 @alignment.register_fake
 def _(weight, pairs, with_grad):
     loss = weight.new_empty((), dtype=torch.float32)
     return loss, weight.new_empty(weight.shape if with_grad else 0)
-
 
 class MadeInForward(torch.autograd.Function):
     """A loss whose operator makes its gradients too, for an upstream gradient of 1."""
@@ -90,7 +85,6 @@ class MadeInForward(torch.autograd.Function):
     def backward(ctx, upstream):
         scaled = [gradient * upstream for gradient in ctx.saved_tensors]
         return None, *scaled, None  # none for the operator, and none for labels or pairs
-
 
 def made_in_forward(operator, *inputs):
     """The loss of an operator, with gradients only if one is wanted."""

@@ -31,26 +31,21 @@ SIZES = "mlm:819x64x4000 mlm:600x256x16000 mlm:2000x512x32000 mlm:8000x256x16000
 if CUDA:
     SIZES = "mlm:9856x512x80000 mlm:19661x512x80000 mlm:614x512x16000 align:40000x512x80000"
 
-
 def eager(hidden, weight, bias, labels):
     return F.cross_entropy(F.linear(hidden, weight, bias), labels)
-
 
 def chunked(rows=None):
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return lambda h, w, b, y: F.linear_cross_entropy(h, w, y, linear_bias=b, options=options)
 
-
 def liger(**options):
     liger = importlib.import_module("liger_kernel.transformers.functional")
     return lambda h, w, b, y: liger.liger_fused_linear_cross_entropy(h, w, y, b, **options)
-
 
 def without_bias(module, name, **options):
     # The bias is zero here, and so these compute the same loss with a little less to do.
     loss = getattr(importlib.import_module(module), name)
     return lambda h, w, b, y: loss(h, w, y, **options)
-
 
 # Each makes a loss of hidden, weight, bias and labels, or fails where it is not installed.
 PEERS = {
@@ -70,19 +65,16 @@ PEERS = {
     "quack": partial(without_bias, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
 }  # fmt: skip
 
-
 def differentiate(loss, tensors, index):
     """The loss and the gradients of tensors, None for one that is not used."""
     value = loss(*tensors, index)
     return value.detach(), *torch.autograd.grad(value, tensors, allow_unused=True)
-
 
 def three_products(hidden, weight, logits):
     # The floor: whatever makes the gradients has these to do.
     torch.mm(hidden, weight.T, out=logits)
     logits @ weight, logits.T @ hidden
     return ()
-
 
 def masked_lm_contest(N, D, V):
     """Contestants, name -> call, and the loss and gradients in float64."""
@@ -100,7 +92,6 @@ def masked_lm_contest(N, D, V):
     calls["three products"] = partial(three_products, hidden, weight, hidden @ weight.T)
     return calls, differentiate(eager, [tensor.double() for tensor in tensors], labels)
 
-
 def alignment_contest(K, D, V):
     weight, pairs = torch.randn(V, D).requires_grad_(), torch.randperm(V)[: 2 * K].view(K, 2)
     peers = {"ours": alignment_loss, "eager": alignment_equation}
@@ -110,7 +101,6 @@ def alignment_contest(K, D, V):
     rows, target = weight.detach()[: 2 * K], torch.empty(2 * K, D)
     calls["a copy of the rows"] = lambda: target.copy_(rows)[:0]
     return calls, differentiate(alignment_equation, [weight.double()], pairs)
-
 
 def step_contest():
     """L_MLM by AdamW on random tokens, from the same weights; the error is that of the loss."""
@@ -143,7 +133,6 @@ def step_contest():
     calls["transformers"] = partial(step, adamw, lambda: theirs(batch.tokens, labels=targets))
     return calls, [truth]
 
-
 def peak_memory(call):
     """MiB that a call takes at most, beyond what is allocated before it."""
     if CUDA:
@@ -156,7 +145,6 @@ def peak_memory(call):
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate((size for _, size in changes), initial=0)) / 2**20
-
 
 def measure(shape, chosen, repeats, deadline):
     """Print the rows of the table for one shape, a contestant each."""
@@ -187,7 +175,6 @@ def measure(shape, chosen, repeats, deadline):
         ms = " | ".join(f"{f(turns):,.2f}" for f in (min, np.median, max))
         print(f"| {shape} | {name} | {ms} | {mib:,.0f} | {error:.0e} |", flush=True)
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=[*SIZES.split(), "step"])
@@ -204,7 +191,6 @@ def main():
     for shape in options.shapes:
         if time.monotonic() < deadline:
             measure(shape, options.peers, options.repeats, deadline)
-
 
 if __name__ == "__main__":
     main()

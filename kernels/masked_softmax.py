@@ -50,7 +50,6 @@ CPU_CHUNK = 1 << 24  # logits at a time, as measured (results/kernels.md)
 SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tests check it
 COLUMNS = 16  # of the narrowest product that tensor cores take: dbias makes one
 
-
 def masked_lm_plain(hidden, weight, bias, labels):
     """The loss in PyTorch's own way, by chunks of rows where that loses nothing."""
     # The chunked function is new in PyTorch 2.13, does not compile, and rounds the loss of half
@@ -62,7 +61,6 @@ def masked_lm_plain(hidden, weight, bias, labels):
         return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, options=options)
     logits = F.linear(hidden, weight, bias)  # (N, V)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
 
 @jit
 def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D: constexpr,
@@ -111,7 +109,6 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D:
             if WITH_GRAD:
                 p.store([n0, v0], exps.to(p.dtype))
 
-
 @jit
 def weight_grad_kernel(p, scaled, ones, dweight, dbias, N, V, D: constexpr, BLOCK_V: constexpr,
                        BLOCK_D: constexpr, BLOCK_N: constexpr, FIRST: constexpr,
@@ -142,7 +139,6 @@ def weight_grad_kernel(p, scaled, ones, dweight, dbias, N, V, D: constexpr, BLOC
     if not FIRST:
         grad += dweight.load([v0, d])
     dweight.store([v0, d], grad)
-
 
 # An operator of its own, so that torch.compile puts it in its graph and looks no further.
 @torch.library.custom_op("alignmlm::masked_lm", mutates_args=())
@@ -212,7 +208,6 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
         dweight.index_put_((labels,), lost[:, None] * hidden, accumulate=True)
         dbias.index_put_((labels,), lost, accumulate=True)
     return losses.mean(), *(t.to(weight.dtype) for t in (dhidden, dweight, dbias))
-
 
 @masked_lm.register_fake
 def _(hidden, weight, bias, labels, with_grad):
