@@ -19,7 +19,8 @@ def test_the_table_of_the_readme_is_what_the_results_give():
     for label, row in rows:
         same = [cell for cell in cells if cell["objective"] == LABELS[label]]
         assert len(same) >= 2
-        for name, text in zip(("source", "BS", "BZ", "alignment outside"), row.split(" | ")):
+        columns = ("source", "BS", "BZ", "alignment outside")
+        for name, text in zip(columns, row.split(" | "), strict=True):
             values = [cell[name] for cell in same]
             assert text == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}", (label, name)
 
