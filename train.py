@@ -297,7 +297,8 @@ def pretrain(corpus, s, folder, args):
     pairs = make_dictionary(s)
     dictionary = torch.tensor(pairs, device=args.device)
 
-    bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=RANK > 0)
+    quiet = RANK > 0 or "TQDM_DISABLE" in os.environ
+    bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=quiet)
     for step in bar:
         batch = make_batch(corpus, s, pairs, step)
         # Each process takes every WORLD-th row, and the mean of their gradients is the whole's.
@@ -373,7 +374,8 @@ def add_options(parser):
     add("--order", type=os.path.abspath, help="CoNLL-U whose order `syntax` borrows (verb last)")
     add("--sentences", type=int, default=60_000, help="of the built-in language (%(default)s)")
     add("--preset", choices=PRESETS, default="tiny", help="of settings not given (%(default)s)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (%(default)s)")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="where to train (%(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
     # The comments beside the settings in alignmlm.py say what they mean.
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
