@@ -353,7 +353,8 @@ def markdown(name, cells):
     # Without words outside of D there is no alignment of them.
     table = groups[[column for column in COLUMNS if column in cells]].agg(spread)
     table.insert(0, "seeds", groups.size())
-    paper = PUBLISHED.filter(regex=f"{name}|alignment").add_prefix("paper: ")
+    paper = PUBLISHED.filter(regex=f"{name}|alignment")
+    paper.columns = [f"paper: {column.split('_')[-1]}" for column in paper]
     table = table.reset_index().join(paper, on=["transform", "objective"])
     lines = [f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:", ""]
     lines += [table.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True), ""]
@@ -393,7 +394,7 @@ def draw_training(folder, runs, path):
 def draw_words(folder, runs, path, count=30):
     """The most frequent words of both languages on their first two principal components, before
     and after pre-training, a panel an objective; a line joins the two of a pair."""
-    models = {}
+    models = {"before pre-training": None}  # This panel comes first.
     for run in runs.drop_duplicates("objective").itertuples():
         models[run.objective], _ = read_run(folder / run.run)
     torch.manual_seed(run.seed)
