@@ -10,8 +10,8 @@ matrix E. The objectives differ in what tells the model which words correspond:
   ALIGN-MLM  a loss that pulls the rows of dictionary pairs together ("the paper", arXiv 2211.08547)
 
 Original and derived text come from different halves of the corpus: if both told the same sentences,
-the text alone would show which words correspond. The languages share the mask symbol, as in the
-paper. Such symbols can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
+the text alone would show which words correspond. They share the special ids, <mask> too, as in the
+paper: what is shared can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
 
 Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width; V rows of E; K pairs.
 """
@@ -34,7 +34,7 @@ import kernels
 
 BOS, PAD, EOS, MASK, UNK = range(5)  # These ids are shared by both languages.
 SPECIALS = 5  # the first id of a sub-word
-SHORT_ROW = 32  # tokens; a model learns its positions sooner from short rows, as BERT did
+SHORT_ROW = 32  # tokens; a model learns its positions sooner if it begins with these, as BERT did
 
 @dataclass(frozen=True)
 class Settings:
@@ -58,14 +58,14 @@ class Settings:
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
     warmup: int = 10_000  # steps in which the rate rises to its peak
-    decay_share: float = 1.0  # share of the steps after them in which it falls to zero
+    decay_share: float = 1.0  # share of the steps after warm-up, the last ones, in which it falls
     batch: int = 128  # rows in a step
-    short_steps: int = 0  # first steps, with more rows of 32 tokens instead
-    weight_decay: float = 0.01  # of matrices
+    short_steps: int = 0  # this many first steps have rows of 32 tokens, and more of them
+    weight_decay: float = 0.01  # of matrices, embeddings included
     tune_epochs: int = 10  # epochs of fine-tuning
     tune_length: int = 128  # tokens in the longest row of fine-tuning
     tune_rate: float = 2e-5  # peak rate of fine-tuning
-    freeze_embeddings: bool = False  # whether fine-tuning leaves E as it is
+    freeze_embeddings: bool = False  # whether fine-tuning leaves E and languages' rows alone
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -95,12 +95,12 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift, but special ids stay; the paper's unknown word (UNK) moves too."""
+    """T_trans: i -> i + shift. Special ids stay, and UNK is one, which in the paper moves."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
     """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
-    rng = np.random.default_rng([s.seed, 0xD1C7])
+    rng = np.random.default_rng([s.seed, 0xD1C7])  # a stream of its own
     words = np.arange(SPECIALS, s.language_size)
     known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
     return np.stack([known, known + s.shift], axis=1)
@@ -178,8 +178,8 @@ OBJECTIVES = {
     "align": Objective("ALIGN-MLM", added_loss=weighted_alignment),
 }
 
-# "paper" is for several GPUs, and has RoBERTa's rates. "tiny" is for one core of a CPU, in two
-# minutes; RESULTS.md tells how its rates and steps were chosen. "small", for one GPU, has the same.
+# "paper" is for several GPUs, and has the paper's rates. "tiny" is for one core of a CPU, in two
+# minutes; RESULTS.md tells how its rates were chosen. "small" has them too, and is for one GPU.
 PRESETS = {"paper": Settings(), "tiny": Settings(
     vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32, dropout=0.0,
     optimizer="muon", mask_share=0.4, batch=64, steps=1_200, rate=3e-3, warmup=50, decay_share=0.3,
@@ -206,7 +206,7 @@ class Layer(nn.Module):
         return x.unflatten(2, (self.settings.heads, -1)).transpose(1, 2)
 
     def forward(self, hidden, attention_mask=None):
-        """hidden: (B, T, D); attention_mask: (B, 1, 1, T) bool, False where nobody is to look."""
+        """hidden: (B, T, D); attention_mask: (B, 1, 1, T) bool, False where nobody looks."""
         p = self.settings.dropout if self.training else 0.0
         query = self.split_heads(self.query(hidden))
         key = self.split_heads(self.key(hidden))
@@ -232,7 +232,7 @@ class MaskedLM(nn.Module):
         self.head_norm = nn.LayerNorm(D)
         self.head_bias = nn.Parameter(torch.zeros(s.vocab_size))
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # RoBERTa's deviation of 0.02 at its width, and to scale
+            if parameter.ndim == 2:  # a deviation of 0.02 at the paper's width, and to scale
                 nn.init.normal_(parameter, std=0.02 * (512 / D) ** 0.5)
             elif "norm" not in name:
                 nn.init.zeros_(parameter)
@@ -262,7 +262,7 @@ class MaskedLM(nn.Module):
         return mlm + OBJECTIVES[self.settings.objective].added_loss(self, dictionary), mlm.detach()
 
 # ----------------------------------------------------------------------------------- the losses
-# These are the definitions. kernels/ computes the same functions faster, and is tested by them.
+# These are the definitions. kernels/ computes the same faster, and is tested against them.
 def masked_lm_equation(hidden, E, bias, labels):
     """L_MLM = -1/N sum_n log softmax(hidden_n E^T + bias)[labels_n]. Source: BERT and RoBERTa."""
     logits = F.linear(hidden, E, bias)  # (N, D), (V, D), (V,) -> (N, V)
@@ -299,8 +299,8 @@ def alignment_score(model, dictionary):
 
 @torch.no_grad()
 def rotate(model, dictionary):
-    """A copy whose derived words are turned onto the original ones, and take their language: by the
-    orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966), without any training."""
+    """A copy in which the orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966) has
+    turned all derived words onto the original ones. They get the original's language embedding."""
     model = copy.deepcopy(model)
     s, language = model.settings, model.language_embeddings.weight
     original, derived = words_of_both(model)
@@ -347,7 +347,7 @@ def write_tokenizer(table, mark, folder):
     table: the spelling and the score of each id's sub-word, V pairs. mark: what a word's first
     sub-word begins with, in the original language and, transliterated, in the derived one."""
     tokenizer = Tokenizer(models.Unigram(table, UNK))
-    tokenizer.normalizer = normalizers.Sequence([
+    tokenizer.normalizer = normalizers.Sequence([  # Braille is transliterated text.
         normalizers.Replace(Regex(r"(?<!\S)(?=[\u2800-\u28ff])"), mark[1]),
         normalizers.Replace(Regex(r"(?<!\S)(?=[^\s\u2800-\u28ff])"), mark[0]),
     ])  # fmt: skip
@@ -386,7 +386,7 @@ def from_hf(folder, settings=None):
             raise ValueError(f"it should have {HF_FIXED}")
         shape = {ours: config[theirs] for theirs, ours in HF_SETTINGS.items()}
         shape["positions"] = config["max_position_embeddings"] - HF_UNUSED_POSITIONS
-        objective = "mlm" if shape.pop("languages") == 1 else "xlm"
+        objective = "mlm" if shape.pop("languages") == 1 else "xlm"  # one with two languages
         model = MaskedLM(replace(settings or Settings(objective=objective), **shape))
         theirs, path = {}, Path(folder, "model.safetensors")
         for path in sorted(Path(folder).glob("model*.safetensors")):  # Large models have several.

@@ -10,7 +10,8 @@ The measures are the paper's, in percent:
     BS          bilingual supervised: fine-tuned and tested on the derived language
     BZ          bilingual zero-shot: fine-tuned on the original, tested on the derived language
     Delta       BZ - BS, what zero-shot costs
-    BZ rotated  BZ after `alignmlm.rotate`, for which nothing more is trained
+    BZ rotated  BZ once the rotation that fits D best has turned the fine-tuned model's derived
+                words onto the original ones (`alignmlm.rotate`); nothing more is trained
     alignment   the share of original words whose nearest derived word is their counterpart
 """
 
@@ -102,7 +103,7 @@ class Task:
         for gold, said in answers:
             right += sum(gold == said)
             asked += len(gold)
-        return 100 * right / asked
+        return 100 * right / max(asked, 1)
 
 class Ner(Task):
     """Named entities, as BIO tags of the words."""
@@ -255,7 +256,7 @@ def fine_tune(model, rows, labels, language, epochs):
     for step, (tokens, gold) in enumerate(parts, 1):
         logits = predict(tagger, tokens, language).flatten(0, 1)
         F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
-        # The rate rises in the first tenth of the steps, and then falls to zero.
+        # The rate rises in the first eleventh of the steps, and then falls to zero.
         train.update(tagger, optimizers, min(10 * step, steps - step) / steps)
     return tagger.eval()
 
@@ -393,7 +394,7 @@ def draw_training(folder, runs, path):
 
 def draw_words(folder, runs, path, count=30):
     """The most frequent words of both languages on their first two principal components, before
-    and after pre-training, a panel an objective; a line joins the two of a pair."""
+    pre-training and after it, in the first run of each objective; a line joins a pair."""
     models = {"before pre-training": None}  # This panel comes first.
     for run in runs.drop_duplicates("objective").itertuples():
         models[run.objective], _ = read_run(folder / run.run)
@@ -401,6 +402,7 @@ def draw_words(folder, runs, path, count=30):
     models["before pre-training"] = MaskedLM(models[run.objective].settings)
     figure = Figure((4 * len(models), 4), layout="constrained")
     for number, (title, model) in enumerate(models.items(), 1):
+        # SentencePiece gives the most frequent words the smallest ids.
         words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
         U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
         x, y = (U * S)[:, :2].T.unflatten(1, (2, -1))  # (2 languages, words) each
@@ -468,8 +470,9 @@ def grid(variants, args):
     ):
         changes = {"transform": transform, "objective": objective, "seed": seed}
         s, source = train.read_options(variants[suffix], **changes)
-        train.prepare(source, s, args.out)  # once, before processes would do it side by side
         folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
+        if not (folder / "model").exists():  # The text of finished runs may be gone.
+            train.prepare(source, s, args.out)  # once, before processes would do it side by side
         jobs.append(joblib.delayed(run_cell)(folder, s, source, examples, args))
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough
     # joblib shares the cores out: two jobs on two cores have one thread each.
@@ -479,14 +482,15 @@ def grid(variants, args):
     with joblib.parallel_config(**where):
         done = joblib.Parallel(return_as="generator_unordered")(jobs)
         failures = list(filter(None, tqdm(done, "cells", len(jobs))))
-    report(args.out, args.results)
+    if len(failures) < len(jobs):
+        report(args.out, args.results)
     if failures:
         text = f"{len(failures)} of {len(jobs)} cells failed; the same command goes on"
         raise ValueError("; ".join([text, *failures]))
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
-    parser = synth_lang.Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = synth_lang.Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     files = synth_lang.Parser(add_help=False)
     option = files.add_argument
@@ -515,6 +519,8 @@ def main():
     train.add_options(every)
     args = parser.parse_args()
     if args.command == "grid":
+        if given := [name for name in GRID_SETTINGS if hasattr(args, name)]:
+            raise ValueError(f"--{given[0]}: a grid has --objectives, --transforms and --seeds")
         grid(read_variants(parser, args), args)
     elif args.command == "report":
         report(args.folder, args.results)

@@ -9,8 +9,9 @@ languages whose every difference is known: the second is *derived* from the firs
     syntax          the dependents of nouns and verbs in another language's order
 
 They compose (`transliterate+invert`), labels travel with their words, and `restore` is the exact
-way back. This file goes from the sentence to the built-in language, to pairs for inference made
-of it, to the transformations, to the readers of other people's files, to the command line.
+way back from a sentence and the steps that `transform` returned. This file goes from the sentence
+to the built-in language, to pairs for inference made of it, to the transformations, to the readers
+of other people's files, to the command line.
 """
 
 import argparse
@@ -56,9 +57,9 @@ class Inference:
 # the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an option of
 # that is drawn in its turn. "PART:to" is a word and its tag.
 #
-# A word's tag must need the word, as in natural text, where the tags of both neighbours tell half
-# of the tags and the word itself tells nine in ten. So words have several tags, and much may be
-# left out or stand elsewhere. Still order tells: reversed, the sentences look like no other.
+# A tag must not be guessable without its word, as in natural text, where the tags of both
+# neighbours tell half of the tags and the word itself tells nine in ten. So words have several tags, and much
+# may be left out or stand elsewhere. Still order tells: reversed, sentences look like no other.
 PHRASES = {
     "sentence": "finite aside end*9 | thing noun aside end",
     "finite": "verb subject tense adverbials*6 | adjective paired subject being adverbials",
@@ -71,9 +72,9 @@ PHRASES = {
     "known": "person definite described*2 | thing definite described*2 | place definite described",
 }
 # What a name brings: the chance of a dependent, where it may stand, its relation and its options.
-# Its place is drawn from `[` first of the phrase so far, `<` just before the top word, `>` just
-# after it, `]` last. A star is for relations that may come several times, `^` for what takes its
-# number from its head, `~` for phrases that are the rarer the deeper, so that sentences end.
+# Its place is drawn from signs: `[` before the whole phrase so far, `<` just before the top word,
+# `>` just after it, `]` at the end. After a relation, `*` says that it may come several times, `^` that
+# the dependent takes its number from the head, and `~` that it is the rarer the deeper it stands.
 DEPENDENTS = """
     affect      1     ]]]]][  obj           object
     give        0.3   >       iobj          person noun*2 | him
@@ -313,7 +314,7 @@ def generate_inferences(n, seed=0):
 
         entailment      a noun becomes the most frequent one of its class and topic: dog, animal
         neutral         an adjective becomes one that the premise lacks: red, big
-        contradiction   one of several negations comes, as in "hardly sings", or seldom goes
+        contradiction   "sings" becomes "hardly sings", or if there was a negation, it is left out
 
     Whatever the label, the hypothesis leaves out adjectives until it is one word shorter than the
     premise, so that its length tells nothing. One premise in seven has a negation, too. Of 6,000
@@ -336,10 +337,9 @@ def generate_inferences(n, seed=0):
             kept = adjectives.pop(rng.randrange(2))
             while kept.forms[0] in premise.words:
                 kept.forms, _ = open_word("adjective", kept.topic, zipf(rng, 12))
-        # Contradiction:
-        elif negations:
+        elif negations:  # contradiction, by leaving out the negation
             nodes.remove(negations[0])
-        else:
+        else:  # contradiction, by a negation
             at = nodes.index(noun.head)
             nodes[at:at] = make_phrase(rng, noun.topic, "negation", "advmod", noun.head)
         for adjective in rng.sample(adjectives, len(nodes) - size):
@@ -384,7 +384,7 @@ def reorder(sentence, places):  # Returns the words that stood at `places`, with
         if column:  # Labels may be absent.
             setattr(moved, name, [column[old] for old in places])
     if moved.heads:
-        # What was the number of a word becomes its new one, and 0 stays 0.
+        # argsort inverts places; with -1 in front numbers are 1-based, and 0 stays the root's.
         moved.heads = np.argsort([-1, *places])[moved.heads].tolist()
     if moved.entities:
         moved.entities = move_entities(sentence.entities, places)
@@ -500,8 +500,9 @@ def learn_order(sentences):
                     model[f"{kind} {before} {after}"] += 1
     return model
 
-# Returns the words of a row in the order of the model's language, as in a league: a word wins over
-# those that it more often comes before, and who wins more stands first. Equals keep their order.
+# Returns the words of a row in the order of the model's language. A word gets a point for every
+# other one that it more often precedes, and loses one for every other one that more often precedes
+# it. The words are sorted by their points, and equals keep their order.
 def arrange(model, kind, items):
     # A head may have hundreds of dependents, but these are of few kinds.
     sizes, wins = Counter(items.values()), Counter()
@@ -560,13 +561,13 @@ def restore(sentence, steps):
 
 # ----------------------------------------------------------------------------------- the readers
 # Words are those of Unicode's word boundaries, `(?w)\b`, which keep vowel signs and joiners with
-# their letters and split Han one by one. Beyond them titles keep their dot, hyphens join, dots and
-# dashes stand in rows, and Braille and scripts without boundaries, such as Thai, run to a space.
+# their letters and split Han one by one. In addition titles keep their dot, a word with hyphens is
+# one, "..." and "--" are one, and so are runs of Braille and of scripts without boundaries (Thai).
 WORD = regex.compile(
     r"(?w)(?:Mr|Mrs|Ms|Dr|St)\.|\.{2,}|-{2,}|[\u2800-\u28ff]+|\p{Line_Break=Complex_Context}+"
     r"|\w.*?\b(?:[-'\u2019]\w.*?\b)*|\S.*?\b"
 )
-# A sentence ends with marks of which one is full-width, as these take no space after them; or with
+# A sentence ends with marks of which one is of those that take no space after them (。！？｡); or with
 # marks and white space, if no lower case comes next; or with its line. Quotes may close after them.
 CLOSING = r"[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
 SENTENCE = regex.compile(
@@ -731,6 +732,7 @@ def bio_sentences(blocks):
                     f"{place}: {line!r}; give a word and O, B-X or I-X, for the schemes IOBES and "
                     "BILOU and tags without a type are not read"
                 )
+        # In the same order: this makes B- of an I- that continues nothing.
         yield reorder(sentence, range(len(sentence.words)))
 
 # Yields (place, row) of a tab-separated table with a header, in which quotes are text, or of JSON:
@@ -788,9 +790,9 @@ def read_inferences(path, language="en"):
 
 # ------------------------------------------------------------------------------ the command line
 # In a transformed CoNLL-U file MISC keeps what each word was before, its number, head and form as
-# in "Old=3:0:sings", so `restore` needs nothing beside the file: all columns come back exactly.
+# in "Old=3:0:sings", so `restore` needs nothing beside the file: all columns of words come back.
 # Comments stay as they are, `# text` too, and DEPS keeps its old numbers. Multi-word tokens and
-# empty nodes are left out, as the words that they belong to may come apart.
+# empty nodes do not come back: they are left out, as the words that they belong to may come apart.
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
 # Returns the lines of a block of CoNLL-U after the named transformations.
@@ -863,6 +865,9 @@ def write(path, lines):
         part.unlink(missing_ok=True)
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, allow_abbrev=False, **options):  # so for sub-commands too
+        super().__init__(allow_abbrev=allow_abbrev, **options)
+
     def error(self, message):
         raise InputError(f"{message}; see --help")
 

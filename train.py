@@ -20,8 +20,11 @@ import re
 import signal
 import sys
 import tempfile
+from array import array
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +65,7 @@ class Source:
 
     def content_hash(self):
         """It changes with the text, and not with the places and the times of its files."""
-        digest = hashlib.sha256(str(self.sentences).encode())
+        digest = hashlib.sha256(b"" if self.text else str(self.sentences).encode())
         for path in [*self.text, self.order or os.devnull]:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -107,7 +110,8 @@ class Languages:
         """The sentence in the derived order; index is the seed of what is random in it."""
         return synth_lang.transform(sentence, self.names, index=index, order=self.order)[0]
 
-    @functools.lru_cache(1_000_000)  # noqa: B019  A process has one such object.
+    # The cache keeps the object alive, of which a process has one.
+    @functools.lru_cache(1_000_000)  # noqa: B019
     def encode(self, word):
         """The ids of a word in the original language, one or more."""
         return self.subwords.encode(word) or [UNK]  # SentencePiece drops a word of spaces.
@@ -129,9 +133,10 @@ class Corpus:
 
     @functools.cache  # noqa: B019
     def pair_starts(self, size):
-        """Where pairs of texts of `size` ids may begin: with a sentence, if one ends with the text
-        or two ids before. What is cut off need not have a counterpart in the other text, for under
-        T_inv the first words of a sentence correspond to its last."""
+        """The places where pairs of texts of `size` ids may begin: the starts of sentences from
+        which `size` ids end with a sentence, or at most two ids after one (or, if there are none,
+        as few as possible). A sentence that is cut off may lack its counterpart, because under
+        T_inv its first words correspond to its last."""
         ends = np.append(0, np.flatnonzero(self.derived == EOS) + 1)  # (sentences + 1,)
         starts = ends[ends + size <= len(self.derived)]  # A sentence starts where one ends.
         last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
@@ -140,14 +145,14 @@ class Corpus:
 
 def tokenise(source, languages, s):
     """The Corpus of a text. Says how often characters have no sub-word. Raises InputError."""
-    original, derived, counterpart = [], [], []  # ids
+    original, derived, counterpart = array("q"), array("q"), array("q")  # ids
     for index, sentence in enumerate(tqdm(source.read(), "sentences tokenised")):
         ids = languages.encode_sentence(sentence)
         if index // BLOCK % 2 == 0:
-            original += ids
+            original.extend(ids)
         else:
-            counterpart += ids
-            derived += languages.encode_sentence(languages.derive(sentence, index))
+            counterpart.extend(ids)
+            derived.extend(languages.encode_sentence(languages.derive(sentence, index)))
     if min(len(original), len(derived)) <= s.positions:
         raise InputError(f"too little text for rows of {s.positions} ids: give more")
     if unknown := (original + counterpart).count(UNK):
@@ -169,7 +174,7 @@ def prepare(source, s, root):
                 process.submit(learn_subwords, source, s, made).result()
             np.savez(made / "ids.npz", **vars(tokenise(source, Languages(made, s), s)))
             made.chmod(0o755)  # TemporaryDirectory makes it for this user alone.
-            if not folder.exists():  # Otherwise another run has made the same meanwhile.
+            with suppress(OSError):  # Another run may have made the same meanwhile.
                 made.rename(folder)
     return folder
 
@@ -237,7 +242,7 @@ def make_optimizers(model, s, rate):
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizers, decay = [], {"weight_decay": s.weight_decay}
     if s.optimizer == "muon":
-        # The first three are the embeddings, whose rows are vectors of their own.
+        # The first three, in MaskedLM's order, are embeddings, whose rows are vectors of their own.
         optimizers.append(Muon(matrices[3:], {"lr": s.matrix_rate, **decay}))
         matrices = matrices[:3]
     # As in BERT only matrices decay. The constants are RoBERTa's.
@@ -294,6 +299,8 @@ def pretrain(corpus, s, folder, args):
     if start >= LOG_EVERY:  # What was logged after the checkpoint comes again.
         lines = log.read_text().splitlines()[: start // LOG_EVERY]
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    if s.batch % (4 * WORLD):
+        raise ValueError(f"batch {s.batch}: give a multiple of 4 for each of {WORLD} processes")
     pairs = make_dictionary(s)
     dictionary = torch.tensor(pairs, device=args.device)
 
@@ -301,26 +308,25 @@ def pretrain(corpus, s, folder, args):
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=quiet)
     for step in bar:
         batch = make_batch(corpus, s, pairs, step)
-        # Each process takes every WORLD-th row, and the mean of their gradients is the whole's.
+        # Each process takes every WORLD-th row. The mean of their gradients is the whole's.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
-        torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout
+        torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout; the same in any process
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
             loss, mlm = network(share.to(args.device), dictionary)
         loss.backward()
         update(model, optimizers, schedule(step, s))
 
         done = step + 1
-        if RANK > 0:
-            continue  # The first process writes for all.
-        if done % LOG_EVERY == 0:
-            if not loss.isfinite():
-                raise ValueError(f"{folder}: no finite loss at step {done}: lower the rates")
+        log_now, save_now = done % LOG_EVERY == 0, done % args.save_every == 0
+        if (log_now or save_now or done == s.steps) and not loss.isfinite():
+            raise ValueError(f"{folder}: no finite loss at step {done}: lower the rates")
+        if log_now and RANK == 0:  # The first process writes for all.
             line = {"step": done, "loss": loss.item(), "mlm": mlm.item()}
             line |= alignment_score(model, pairs)
             bar.set_postfix(line)
             lines.append(json.dumps(line))
             write_file(log, "\n".join([*lines, ""]).encode())
-        if done % args.save_every == 0:
+        if save_now and RANK == 0:
             tensors = {**all_state(model, optimizers), "done": torch.tensor(done)}
             write_file(checkpoint, save({name: tensor.cpu() for name, tensor in tensors.items()}))
     return model
@@ -331,7 +337,8 @@ def run(folder, s, source, args):
     record = {"settings": asdict(s), "source": vars(source)}
     saved = json.loads(path.read_text()) if path.exists() else record
     finished = (model / "tokenizer_config.json").exists()  # the last file to be written
-    # The text of a finished run may be gone, and its name has to do. Otherwise it may have moved.
+    # A finished run is compared by the names of its files, which may be gone; another one by their
+    # content, since they may have moved.
     text = "source" if finished else "content"
     if not finished:
         record["content"] = source.content_hash()
@@ -400,7 +407,7 @@ def guarded(main):
         status, message = 130, f"\n{name}: interrupted: the same command goes on"
     except (ValueError, OSError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
-    # Only here is the error forgotten, and with it the progress bar.
+    # After the except clause, since it frees the error's frames: the progress bar closes first.
     print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -411,7 +418,8 @@ def main():
     add_options(parser)
     args = parser.parse_args()
     if WORLD > 1:
-        distributed.init_process_group()
+        # The others wait for the first one to tokenise the text, which may take hours.
+        distributed.init_process_group(timeout=timedelta(days=1))
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     run(args.folder, *read_options(args), args)

@@ -19,14 +19,14 @@ a chunk of rows, and p is dropped when its chunk has been through the other two 
 number is summed by one program in one order, and so has the same bits on every run.
 
 What it saves. Eager PyTorch holds the logits, their log-softmax and its gradient: 6 N V bytes in
-bf16, 9.4 GB at N = 19,661, V = 80,000. Here p takes 0.5 GB, whatever N is, and the sum of the
-chunks' dweight in fp32 4 V D bytes, 0.16 GB at D = 512.
+bf16, 4.7 GB at the paper's N = 9,856, V = 80,000. Here p takes 0.5 GB, whatever N is, and the sum
+of the chunks' dweight in fp32 4 V D bytes, 0.16 GB at D = 512.
 
-Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88, and most logits are well within 60 of 0. Up to
-e^60, a sum of 2^20 exponentials (e^14), times values up to a million (e^14), is in range; down to
-e^-60, a word that underflows has less than e^-27 of its row's largest exponential, and is lost in
-rounding anyway. A row whose maximum is beyond is repaired: exp_kernel runs again with that maximum
-as the row's reference, which it subtracts, and skips blocks of rows that need no repair.
+Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88. Most rows have their largest logit within 60 of 0,
+and need nothing. Upwards: e^60, summed over 2^20 words (e^14) and times values up to a million
+(e^14), stays below e^88. Downwards: where the largest exponential of a row is e^-60, whatever
+underflows is less than e^-27 of it, and rounding would lose it anyway. All other rows are repaired:
+exp_kernel runs again and subtracts the row's maximum; it skips blocks of rows without any of these.
 
 What came before: gradients made in the forward, by chunks of rows (Liger Kernel, arXiv 2410.10989);
 no logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials in
@@ -45,15 +45,16 @@ from torch import Tensor
 from kernels.alignment import TensorDescriptor, constexpr, jit, tl, triton
 
 REACH = 60.0
-GPU_CHUNK = 1 << 28  # entries of p at a time: each chunk more reads and writes dweight once more
+GPU_CHUNK = 1 << 28  # entries of p at a time; every further chunk reads and writes dweight again
 CPU_CHUNK = 1 << 24  # logits at a time, as measured (results/kernels.md)
 SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tests check it
-COLUMNS = 16  # of the narrowest product that tensor cores take: dbias makes one
+COLUMNS = 16  # columns of the narrowest product that tensor cores take; dbias is computed as one
 
 def masked_lm_plain(hidden, weight, bias, labels):
     """The loss in PyTorch's own way, by chunks of rows where that loses nothing."""
     # The chunked function is new in PyTorch 2.13, does not compile, and rounds the loss of half
-    # types to their 8 or 11 bits: else all N x V logits are made, as in the equation.
+    # types to their 8 or 11 bits. So it serves fp32 and float64 outside of torch.compile, and all
+    # N x V logits are made elsewhere, as in the equation.
     chunked = hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling()
     if chunked and weight.dtype.itemsize >= 4:
         rows = max(1, CPU_CHUNK // len(weight))
