@@ -58,8 +58,9 @@ class Inference:
 # that is drawn in its turn. "PART:to" is a word and its tag.
 #
 # A tag must not be guessable without its word, as in natural text, where the tags of both
-# neighbours tell half of the tags and the word itself tells nine in ten. So words have several tags, and much
-# may be left out or stand elsewhere. Still order tells: reversed, sentences look like no other.
+# neighbours tell half of the tags and the word itself tells nine in ten. So words have several
+# tags, and much may be left out or stand elsewhere. Still order tells: reversed, the sentences look
+# like no other.
 PHRASES = {
     "sentence": "finite aside end*9 | thing noun aside end",
     "finite": "verb subject tense adverbials*6 | adjective paired subject being adverbials",
@@ -73,8 +74,8 @@ PHRASES = {
 }
 # What a name brings: the chance of a dependent, where it may stand, its relation and its options.
 # Its place is drawn from signs: `[` before the whole phrase so far, `<` just before the top word,
-# `>` just after it, `]` at the end. After a relation, `*` says that it may come several times, `^` that
-# the dependent takes its number from the head, and `~` that it is the rarer the deeper it stands.
+# `>` just after it, `]` at the end. After a relation, `*` says that it may come several times, `^`
+# that the dependent takes its number from the head, and `~` that it is the rarer the deeper.
 DEPENDENTS = """
     affect      1     ]]]]][  obj           object
     give        0.3   >       iobj          person noun*2 | him
@@ -567,7 +568,7 @@ WORD = regex.compile(
     r"(?w)(?:Mr|Mrs|Ms|Dr|St)\.|\.{2,}|-{2,}|[\u2800-\u28ff]+|\p{Line_Break=Complex_Context}+"
     r"|\w.*?\b(?:[-'\u2019]\w.*?\b)*|\S.*?\b"
 )
-# A sentence ends with marks of which one is of those that take no space after them (。！？｡); or with
+# A sentence ends with marks of which one is of those of CJK that take no space after them; or with
 # marks and white space, if no lower case comes next; or with its line. Quotes may close after them.
 CLOSING = r"[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
 SENTENCE = regex.compile(
