@@ -3,7 +3,6 @@
 One RoBERTa (Liu et al. 2019) is pre-trained on two languages at once: an original, and one derived
 from it by an invertible transformation. The words of both have rows of their own in one embedding
 matrix E. The objectives differ in what tells the model which words correspond:
-
   MLM        nothing
   XLM        parallel sentences side by side (Conneau and Lample 2019, arXiv 1901.07291)
   DICT-MLM   translations to be predicted (Chaudhary et al. 2020, arXiv 2010.12566)
@@ -13,7 +12,8 @@ Original and derived text come from different halves of the corpus: if both told
 the text alone would show which words correspond. They share the special ids, <mask> too, as in the
 paper: what is shared can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
 
-Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width; V rows of E; K pairs.
+Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width; V rows of E, those of
+both languages; K pairs. A word is a sub-word, a row of E.
 """
 
 import copy
@@ -58,14 +58,14 @@ class Settings:
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
     warmup: int = 10_000  # steps in which the rate rises to its peak
-    decay_share: float = 1.0  # share of the steps after warm-up, the last ones, in which it falls
+    decay_share: float = 1.0  # share of the steps after warm-up in which, at last, it falls
     batch: int = 128  # rows in a step
-    short_steps: int = 0  # this many first steps have rows of 32 tokens, and more of them
+    short_steps: int = 0  # first steps, with rows of 32 tokens, and more rows
     weight_decay: float = 0.01  # of matrices, embeddings included
     tune_epochs: int = 10  # epochs of fine-tuning
     tune_length: int = 128  # tokens in the longest row of fine-tuning
     tune_rate: float = 2e-5  # peak rate of fine-tuning
-    freeze_embeddings: bool = False  # whether fine-tuning leaves E and languages' rows alone
+    freeze_embeddings: bool = False  # true: fine-tuning changes no embedding of words or languages
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -95,7 +95,7 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift. Special ids stay, and UNK is one, which in the paper moves."""
+    """T_trans: i -> i + shift. Special ids stay, UNK too, which in the paper moves."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
@@ -147,8 +147,8 @@ def pair_translations(original, derived):
 
 def ask_translations(batch, dictionary, s, rng):
     """DICT-MLM: for half of the masked words in D the label becomes the translation.
-    The language embedding there becomes that of the language asked for, the only sign of what is
-    wanted. As in Chaudhary et al. 2020 the *label* is translated. The code of ALIGN-MLM's authors
+    The language embedding there becomes that of the translation; nothing else says what is wanted.
+    As in Chaudhary et al. 2020 the *label* is translated. The code of ALIGN-MLM's authors
     translates the *input* and keeps the label; here is the method as published."""
     translation = np.full(s.vocab_size, -1)
     translation[dictionary] = dictionary[:, ::-1]  # of either word of a pair, the other one
@@ -305,8 +305,8 @@ def rotate(model, dictionary):
     s, language = model.settings, model.language_embeddings.weight
     original, derived = words_of_both(model)
     known = torch.from_numpy(dictionary[:, 0] - SPECIALS)
-    u, _, v = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
-    turned = derived @ u @ v
+    u, _, vh = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
+    turned = derived @ u @ vh
     if s.objective == "xlm":
         turned -= language[0]  # because encode() adds it
     model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned

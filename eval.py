@@ -256,7 +256,7 @@ def fine_tune(model, rows, labels, language, epochs):
     for step, (tokens, gold) in enumerate(parts, 1):
         logits = predict(tagger, tokens, language).flatten(0, 1)
         F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
-        # The rate rises in the first eleventh of the steps, and then falls to zero.
+        # It rises to 10/11 of tune_rate in the first eleventh of the steps, and falls to zero.
         train.update(tagger, optimizers, min(10 * step, steps - step) / steps)
     return tagger.eval()
 
@@ -321,7 +321,7 @@ def read_cells(folder):
         if path.stem in TASKS:
             cells.append({"run": path.parent.name, **json.loads(path.read_text())})
     if not cells:
-        raise ValueError(f"{folder}: holds no finished run: nothing to report")
+        raise ValueError(f"{folder}: no run here has a score: first eval.py pos RUN")
     cells.sort(key=lambda cell: (cell["transform"], list(OBJECTIVES).index(cell["objective"])))
     return cells
 
@@ -402,7 +402,7 @@ def draw_words(folder, runs, path, count=30):
     models["before pre-training"] = MaskedLM(models[run.objective].settings)
     figure = Figure((4 * len(models), 4), layout="constrained")
     for number, (title, model) in enumerate(models.items(), 1):
-        # SentencePiece gives the most frequent words the smallest ids.
+        # SentencePiece orders ids by frequency. Some of these are single letters.
         words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
         U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
         x, y = (U * S)[:, :2].T.unflatten(1, (2, -1))  # (2 languages, words) each
@@ -416,8 +416,8 @@ def draw_words(folder, runs, path, count=30):
 def report(folder, out):
     """Write and print the tables of all finished runs; write their figures and results.json."""
     out = out or folder
-    out.mkdir(parents=True, exist_ok=True)
     cells = read_cells(folder)
+    out.mkdir(parents=True, exist_ok=True)
     write_file(out / "results.json", json.dumps(cells, indent=1).encode())
     cells = pd.DataFrame(cells)
     cells["objective"] = [OBJECTIVES[name].label for name in cells["objective"]]
@@ -444,7 +444,7 @@ def read_variants(parser, args):
         return {"": args}
     setting, *values = args.vary
     if setting not in Settings.__dataclass_fields__ or setting in GRID_SETTINGS or not values:
-        raise ValueError("--vary: give a setting that a grid has once, and its values")
+        raise ValueError("--vary: give a setting of train.py --help and values, but no --seed")
     variants = {}
     for value in values:
         option = f"--{setting.replace('_', '-')}={value}"

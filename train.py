@@ -66,6 +66,8 @@ class Source:
     def content_hash(self):
         """It changes with the text, and not with the places and the times of its files."""
         digest = hashlib.sha256(b"" if self.text else str(self.sentences).encode())
+        # The transformations and the built-in language are part of it.
+        digest.update(Path(synth_lang.__file__).read_bytes())
         for path in [*self.text, self.order or os.devnull]:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -310,7 +312,7 @@ def pretrain(corpus, s, folder, args):
         batch = make_batch(corpus, s, pairs, step)
         # Each process takes every WORLD-th row. The mean of their gradients is the whole's.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
-        torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout; the same in any process
+        torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout, wherever a run was stopped
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
             loss, mlm = network(share.to(args.device), dictionary)
         loss.backward()
@@ -337,8 +339,8 @@ def run(folder, s, source, args):
     record = {"settings": asdict(s), "source": vars(source)}
     saved = json.loads(path.read_text()) if path.exists() else record
     finished = (model / "tokenizer_config.json").exists()  # the last file to be written
-    # A finished run is compared by the names of its files, which may be gone; another one by their
-    # content, since they may have moved.
+    # A finished run is known by the names of its files, which may be gone; an unfinished one by
+    # their content, as they may have moved.
     text = "source" if finished else "content"
     if not finished:
         record["content"] = source.content_hash()
@@ -377,10 +379,10 @@ def add_options(parser):
     add = parser.add_argument
     # A file given in one folder is found from another.
     add("--corpus", "--treebank", dest="text", nargs="+", action="extend", default=[],
-        type=os.path.abspath, metavar="FILE", help="plain text or CoNLL-U (the built-in language)")
+        type=os.path.abspath, metavar="FILE", help="plain text or CoNLL-U (built-in language)")
     add("--order", type=os.path.abspath, help="CoNLL-U whose order `syntax` borrows (verb last)")
     add("--sentences", type=int, default=60_000, help="of the built-in language (%(default)s)")
-    add("--preset", choices=PRESETS, default="tiny", help="of settings not given (%(default)s)")
+    add("--preset", choices=PRESETS, default="tiny", help="settings not named here (%(default)s)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--device", choices=devices, default=devices[0], help="where to train (%(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
@@ -405,7 +407,9 @@ def guarded(main):
         return main()
     except KeyboardInterrupt:  # The line of the progress bar is ended first.
         status, message = 130, f"\n{name}: interrupted: the same command goes on"
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        status, message = 2, f"{name}: {error.filename}: {error.strerror}: give another path"
+    except (ValueError, ArithmeticError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
     # After the except clause, since it frees the error's frames: the progress bar closes first.
     print(message, file=sys.stderr)
@@ -414,7 +418,7 @@ def guarded(main):
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = synth_lang.Parser(description=__doc__, formatter_class=style)
-    parser.add_argument("folder", type=Path, help="of the run; the text's ids are kept beside it")
+    parser.add_argument("folder", type=Path, help="for the run; the text's ids are kept beside it")
     add_options(parser)
     args = parser.parse_args()
     if WORLD > 1:

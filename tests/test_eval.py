@@ -660,7 +660,7 @@ def test_a_bad_grid_is_refused_before_training(tmp_path, monkeypatch, capfd, arg
 
 
 def test_bad_folders_and_files_are_refused(root, tmp_path, monkeypatch, capfd):
-    assert "no finished run" in failure(monkeypatch, capfd, "report", tmp_path)
+    assert "no run here has a score" in failure(monkeypatch, capfd, "report", tmp_path)
     assert "settings.json" in failure(monkeypatch, capfd, "pos", tmp_path)
     (tmp_path / "bare.conllu").write_text("1\tdog\t_\t_\t_\t_\t0\troot\t_\t_\n\n")
     bare = tmp_path / "bare.conllu"
