@@ -531,7 +531,7 @@ def test_the_options_and_their_help():
 @pytest.fixture(scope="module", params=["transliterate+invert", "invert"])
 def trained(request, root):
     """A run with one vocabulary a language, and one with a vocabulary for both."""
-    s = preset("tiny", vocab_size=1200, steps=40, transform=request.param)
+    s = preset("tiny", vocab_size=1200, steps=150, transform=request.param)
     folder = root / f"trained-{request.param}"
     train.run(folder, s, train.Source([], None, 6000), ARGS)
     return folder, s
@@ -607,3 +607,20 @@ def test_the_model_of_transformers_and_its_pipeline_say_what_ours_says(trained):
                 for mark in marks:
                     spelling = spelling.replace(mark, " ")
                 assert answer["token_str"].strip() == spelling.strip()
+
+
+def test_a_masked_final_mark_is_filled_with_a_final_mark_in_both_languages(trained):
+    """The class of other words needs the word itself: so this language was made."""
+    from transformers import pipeline
+
+    folder, s = trained
+    fill = pipeline("fill-mask", model=str(folder / "model"))
+    marks = set(".!?")
+    if s.shift:
+        marks |= {synth_lang.transliterate_word(mark) for mark in marks}
+    right = []
+    for words, ids in both_languages(folder, s, 60, seed=3):
+        if len(ids) < 20 and words[-1] in marks:
+            answer = fill(" ".join([*words[:-1], "<mask>"]))[0]
+            right.append(answer["token_str"].strip() in marks)
+    assert len(right) > 20 and np.mean(right) > 0.9
