@@ -15,14 +15,11 @@ The measures are the paper's, in percent:
     alignment   the share of original words whose nearest derived word is their counterpart
 """
 
-import argparse
 import copy
 import json
 import math
 import os
 import sys
-import warnings
-from collections import Counter
 from dataclasses import asdict, replace
 from io import StringIO
 from itertools import chain, product, zip_longest
@@ -36,7 +33,11 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from scipy.stats import permutation_test, spearmanr
+from scipy.stats import PermutationMethod, pearsonr, rankdata
+from sklearn.decomposition import PCA
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.pipeline import make_pipeline
 from tqdm import tqdm
 
 import synth_lang
@@ -165,19 +166,9 @@ def words_alone(learn, test):
         words = set(pair.hypothesis.words)
         return words | {f"lacking {word}" for word in words - set(pair.premise.words)}
 
-    counts = {}  # by label: in how many pairs there is a piece of evidence, and how many there are
-    right = 0
-    for pair in learn:
-        counts.setdefault(pair.label, Counter()).update(["all pairs", *evidence(pair)])
-    for pair in test:
-        scores = {}
-        for label, count in counts.items():
-            # Adding one smooths the counts; fsum has no order, as sets have none.
-            total = count["all pairs"]
-            logs = [math.log((count[item] + 1) / (total + 2)) for item in evidence(pair)]
-            scores[label] = math.log(total) + math.fsum(logs)
-        right += max(scores, key=scores.get) == pair.label
-    return 100 * right / len(test)
+    bayes = make_pipeline(CountVectorizer(analyzer=evidence), MultinomialNB())
+    bayes.fit(learn, [pair.label for pair in learn])
+    return 100 * bayes.score(test, [pair.label for pair in test])
 
 TASKS = {"pos": Task(), "ner": Ner(), "nli": Nli()}
 
@@ -249,15 +240,16 @@ def fine_tune(model, rows, labels, language, epochs):
     # Without frozen embeddings the words of one language would move away from the other's.
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
-    # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained.
-    optimizers = train.make_optimizers(tagger, replace(s, optimizer="adamw"), s.tune_rate)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
+    # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained. The rate rises
+    # in the first tenth of the steps and then falls to zero.
+    tuning = replace(s, optimizer="adamw", steps=steps, warmup=steps // 10, decay_share=1.0)
+    optimizers = train.make_optimizers(tagger, tuning, s.tune_rate)
     parts = chain.from_iterable(batches(rows) for _ in range(epochs))
-    for step, (tokens, gold) in enumerate(parts, 1):
+    for step, (tokens, gold) in enumerate(parts):
         logits = predict(tagger, tokens, language).flatten(0, 1)
         F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
-        # It rises to 10/11 of tune_rate in the first eleventh of the steps, and falls to zero.
-        train.update(tagger, optimizers, min(10 * step, steps - step) / steps)
+        train.update(tagger, optimizers, train.schedule(step, tuning))
     return tagger.eval()
 
 @torch.no_grad()
@@ -282,13 +274,13 @@ def evaluate(folder, name, examples, device):
     task, (learn, test) = TASKS[name], examples
     model, languages = read_run(folder)
     model, s = model.to(device), model.settings
-    names = sorted(set(task.all_labels(learn)))
-    labels, n, epochs = len(names), len(learn), math.ceil(task.epochs * s.tune_epochs)
-    unknown = sorted(set(task.all_labels(test)) - set(names))
+    known = set(task.all_labels(learn))
+    unknown = set(task.all_labels(test)) - known
     if unknown:
-        text = f"{name}: no example to learn from has {', '.join(unknown)}: counted as wrong"
-        print(text, file=sys.stderr)
-    names += unknown  # A tagger says none of these.
+        labels = ", ".join(sorted(unknown))
+        print(f"{name}: no example to learn from has {labels}: counted as wrong", file=sys.stderr)
+    names = [*sorted(known), *sorted(unknown)]  # A tagger says only those that are known.
+    labels, n, epochs = len(known), len(learn), math.ceil(task.epochs * s.tune_epochs)
     original = make_rows(task, learn + test, names, languages, s, derived=False).to(device)
     derived = make_rows(task, learn + test, names, languages, s, derived=True).to(device)
     zero_shot = fine_tune(model, original[:, :n], labels, 0, epochs)
@@ -328,20 +320,14 @@ def read_cells(folder):
 def correlation(alignment, delta):
     """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
 
-    p is of a permutation test, exact for few rows; the interval is of bootstrap samples of rows."""
-    x = np.array(alignment)
-    y = -np.array(delta).round(6)  # Rounding errors of BZ - BS are to break no tie.
+    p is of a permutation test, exact for few rows, and the interval is Fisher's."""
+    # Rounding errors of BZ - BS are to break no tie.
+    ranks = rankdata(alignment), rankdata(-np.round(delta, 6))
     rng = np.random.default_rng(0)
-
-    def rho(x, y=y):
-        return spearmanr(x, y).statistic
-
-    with warnings.catch_warnings(action="ignore"):  # rho is not defined if all values are equal.
-        test = permutation_test([x], rho, permutation_type="pairings", n_resamples=5_000, rng=rng)
-        samples = rng.integers(len(x), size=(1_000, len(x)))
-        low, high = np.nanpercentile([rho(x[rows], y[rows]) for rows in samples], [2.5, 97.5])
+    test = pearsonr(*ranks, method=PermutationMethod(n_resamples=5_000, rng=rng))
+    low, high = test.confidence_interval()
     return (f"Spearman's rho of alignment and -Delta: {test.statistic:.3f} (p = {test.pvalue:.2g}, "
-            f"{len(x)} rows, 95 % of bootstrap samples {low:.2f} to {high:.2f}).")  # fmt: skip
+            f"{len(delta)} rows, 95 % interval {low:.2f} to {high:.2f}).")  # fmt: skip
 
 def spread(values):
     """Mean and standard deviation over seeds, or a dash for what is not defined."""
@@ -395,17 +381,16 @@ def draw_training(folder, runs, path):
 def draw_words(folder, runs, path, count=30):
     """The most frequent words of both languages on their first two principal components, before
     pre-training and after it, in the first run of each objective; a line joins a pair."""
-    models = {"before pre-training": None}  # This panel comes first.
-    for run in runs.drop_duplicates("objective").itertuples():
-        models[run.objective], _ = read_run(folder / run.run)
-    torch.manual_seed(run.seed)
-    models["before pre-training"] = MaskedLM(models[run.objective].settings)
+    first = runs.drop_duplicates("objective")
+    models = {run.objective: read_run(folder / run.run)[0] for run in first.itertuples()}
+    s = models[first["objective"].iloc[0]].settings
+    torch.manual_seed(s.seed)
+    models = {"before pre-training": MaskedLM(s), **models}
     figure = Figure((4 * len(models), 4), layout="constrained")
     for number, (title, model) in enumerate(models.items(), 1):
         # SentencePiece orders ids by frequency. Some of these are single letters.
         words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
-        U, S, _ = torch.linalg.svd(words - words.mean(0), full_matrices=False)
-        x, y = (U * S)[:, :2].T.unflatten(1, (2, -1))  # (2 languages, words) each
+        x, y = PCA(2).fit_transform(words).T.reshape(2, 2, count)  # (2 languages, words) each
         axis = figure.add_subplot(1, len(models), number, title=title)
         axis.plot(x, y, color="0.8")
         axis.plot(x[0], y[0], "o", label="original")
@@ -489,38 +474,36 @@ def grid(variants, args):
         raise ValueError("; ".join([text, *failures]))
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = synth_lang.Parser(description=__doc__, formatter_class=raw)
+    parser = synth_lang.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     files = synth_lang.Parser(add_help=False)
     option = files.add_argument
     option("--train", nargs="+", default=[], help="examples to learn from, a file a task")
     option("--test", nargs="+", default=[], help="the same to test on (built-in ones)")
-    option("--language", default="en", help="of a file for nli that has several")
+    option("--language", default="en", help="of a file for nli that has several (%(default)s)")
     for name in TASKS:
         one = commands.add_parser(name, parents=[files], help="fine-tune and test one run")
         one.add_argument("folder", type=Path, help="of a run of train.py")
-        one.add_argument("--device", default="cpu")
+        one.add_argument("--device", choices=train.DEVICES, default=train.DEVICES[0])
         one.set_defaults(tasks=[name])
     several = commands.add_parser("report", help="tables and figures of finished runs")
     several.add_argument("folder", type=Path, help="that has the runs' folders")
     every = commands.add_parser("grid", parents=[files], help="train many runs, and report")
     option = every.add_argument
-    option("--out", type=Path, default=Path("runs/tiny"), help="folder for the runs")
-    option("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    option("--transforms", nargs="+", default=["transliterate+invert"])
-    option("--seeds", type=int, default=2, help="how many")
-    option("--tasks", nargs="+", choices=TASKS, default=["pos"])
+    shown = {"help": "(%(default)s)", "nargs": "+"}
+    option("--out", type=Path, default=Path("runs/tiny"), help="folder for the runs (%(default)s)")
+    option("--objectives", choices=OBJECTIVES, default=list(OBJECTIVES), **shown)
+    option("--transforms", default=["transliterate+invert"], **shown)
+    option("--seeds", type=int, default=2, help="how many (%(default)s)")
+    option("--tasks", choices=TASKS, default=["pos"], **shown)
     option("--vary", nargs="+", help="an ablation: a setting and its values")
     option("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     option("--scheduler", help="address of a Dask cluster whose workers have one thread each")
     for command in (several, every):
         command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")
-    train.add_options(every)
+    train.add_options(every, left_out=GRID_SETTINGS)
     args = parser.parse_args()
     if args.command == "grid":
-        if given := [name for name in GRID_SETTINGS if hasattr(args, name)]:
-            raise ValueError(f"--{given[0]}: a grid has --objectives, --transforms and --seeds")
         grid(read_variants(parser, args), args)
     elif args.command == "report":
         report(args.folder, args.results)
@@ -529,4 +512,4 @@ def main():
         print(json.dumps(evaluate(args.folder, args.command, examples, args.device), indent=2))
 
 if __name__ == "__main__":
-    train.guarded(main)
+    synth_lang.guarded(main)

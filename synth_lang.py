@@ -9,18 +9,24 @@ languages whose every difference is known: the second is *derived* from the firs
     syntax          the dependents of nouns and verbs in another language's order
 
 They compose (`transliterate+invert`), labels travel with their words, and `restore` is the exact
-way back from a sentence and the steps that `transform` returned. This file goes from the sentence
-to the built-in language, to pairs for inference made of it, to the transformations, to the readers
-of other people's files, to the command line.
+way back from a sentence and the steps that `transform` returned. On files:
+
+    python synth_lang.py generate --sentences 1000 -o FOLDER
+    python synth_lang.py transform --transform invert FILE -o DERIVED    # of text or CoNLL-U
+    python synth_lang.py restore DERIVED -o BACK    # of CoNLL-U, which keeps what is needed for it
+
+This file goes from the sentence to the built-in language, to pairs for inference made of it, to the
+transformations, to the readers of other people's files, to the command line.
 """
 
 import argparse
 import json
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, combinations, groupby, islice, product, tee
 from pathlib import Path
@@ -40,6 +46,7 @@ class Sentence:
     heads: list | None = None  # the 1-based position of each word's head, 0 for the root
     deprels: list | None = None  # relations of Universal Dependencies
     entities: list | None = None  # BIO tags: `B-PER`, `I-PER`, `O`
+    rows: list | None = field(default=None, compare=False)  # CoNLL-U's ten columns, as text
 
 INFERENCES = ("entailment", "neutral", "contradiction")
 
@@ -348,36 +355,17 @@ def generate_inferences(n, seed=0):
         yield Inference(premise, make_sentence(nodes), label)
 
 # --------------------------------------------------------------------------- the transformations
-# A transformation has two methods: `apply` returns the new sentence and a step, which `undo` takes
-# back. It may depend on a context: `seed`, `index`, the sentence's number, and `order`, a model.
-
 @dataclass
-class Respelling:
-    """Changes each word by itself; `restore` is the inverse of `spell`."""
+class Transformation:
+    """An order of the words, a spelling of each, or both. What is left out stays as it is.
 
-    spell: Callable
-    restore: Callable
+    `order_of` gives the order as a list of the places, from 0, where the words stood before. It may
+    depend on the context: `seed`, `index`, the sentence's number, and `order`, a model of one.
+    """
 
-    def apply(self, sentence, **context):
-        return replace(sentence, words=list(map(self.spell, sentence.words))), None
-
-    def undo(self, sentence, step):
-        return replace(sentence, words=list(map(self.restore, sentence.words)))
-
-@dataclass
-class Reordering:
-    """Changes the order; `order_of` lists the old places of the words, 0-based, in the new order.
-    The way back needs these and, as an entity may come apart, the entity tags of before."""
-
-    order_of: Callable
-
-    def apply(self, sentence, **context):
-        places = self.order_of(sentence, **context)
-        return reorder(sentence, places), (places, sentence.entities)
-
-    def undo(self, sentence, step):
-        places, entities = step
-        return replace(reorder(sentence, np.argsort(places)), entities=entities)
+    order_of: Callable = lambda sentence, **context: range(len(sentence.words))
+    spell: Callable = str  # of a word
+    restore: Callable = str  # the inverse of `spell`
 
 def reorder(sentence, places):  # Returns the words that stood at `places`, with all their labels.
     moved = replace(sentence)
@@ -421,11 +409,10 @@ def restore_word(word):
 
 MARK = r"[\p{Sentence_Terminal}…]"  # in any script
 
-# An order is a list of the places where the words stood before.
-
 def inverted_order(sentence, **context):
     """The words in reverse, but for the mark that ends the sentence, in either script. The authors
-    keep '.', '!' and '?' last; here it is the marks of all scripts, and '...' and '?!' too."""
+    keep '.', '!' and '?' last; here it is the marks of all scripts, and '...' and '?!' too. An
+    entity of three words comes out as one, its words in reverse and its tags B, I, I again."""
     places = list(range(len(sentence.words)))[::-1]
     last = "".join(sentence.words[-1:])
     with suppress(InputError):
@@ -528,10 +515,10 @@ def syntax_order(sentence, order, **context):
     return read_off(rows)
 
 TRANSFORMS = {
-    "transliterate": Respelling(transliterate_word, restore_word),
-    "invert": Reordering(inverted_order),
-    "permute": Reordering(permuted_order),
-    "syntax": Reordering(syntax_order),
+    "transliterate": Transformation(spell=transliterate_word, restore=restore_word),
+    "invert": Transformation(inverted_order),
+    "permute": Transformation(permuted_order),
+    "syntax": Transformation(syntax_order),
 }
 
 def parse_transform(text):
@@ -550,14 +537,18 @@ def transform(sentence, names, seed=0, index=0, order=SOV):
     steps = []
     # A name may itself be a composition, "transliterate+invert".
     for name in chain.from_iterable(map(parse_transform, names)):
-        sentence, step = TRANSFORMS[name].apply(sentence, seed=seed, index=index, order=order)
-        steps.append((name, step))
+        places = TRANSFORMS[name].order_of(sentence, seed=seed, index=index, order=order)
+        # An entity may come apart, and so the tags of before are kept.
+        steps.append((name, places, sentence.entities))
+        sentence = reorder(sentence, places)
+        sentence.words = list(map(TRANSFORMS[name].spell, sentence.words))
     return sentence, steps
 
 def restore(sentence, steps):
     """The sentence that `transform` was given, labels and all."""
-    for name, step in reversed(steps):
-        sentence = TRANSFORMS[name].undo(sentence, step)
+    for name, places, entities in reversed(steps):
+        sentence = replace(reorder(sentence, np.argsort(places)), entities=entities)
+        sentence.words = list(map(TRANSFORMS[name].restore, sentence.words))
     return sentence
 
 # ----------------------------------------------------------------------------------- the readers
@@ -633,29 +624,22 @@ def blocks_of(lines):  # Yields what stands between blank lines, as lists of (pl
         if filled:
             yield list(block)
 
-@dataclass
-class Tree(Sentence):
-    """A sentence of CoNLL-U; its rows, ten columns a word, travel with the words."""
-
-    rows: list[list[str]] | None = None
-
-# Returns the Tree of a block of CoNLL-U, and those lines of it that are no words: comments,
-# multi-word tokens and empty nodes.
+# Returns the Sentence of a block of CoNLL-U and its comments, also if it has no words.
 def parse_block(block):
-    rows, others = [], []
+    rows, comments = [], []
     for place, line in block:
         columns = line.split("\t")
         if len(columns) == 10 and columns[0] == str(len(rows) + 1):
             rows.append(columns)
-        # Comments, multi-word tokens, "3-4", and empty nodes, "3.1". An old Mac's file is one line.
-        elif regex.fullmatch(r"#[^\r]*|\d+[-.]\d+(?:\t[^\t]*){9}", line):
-            others.append(line)
-        else:
+        elif regex.fullmatch(r"#[^\r]*", line):  # An old Mac's file is one line.
+            comments.append(line)
+        # Multi-word tokens, "3-4", and empty nodes, "3.1", are no words.
+        elif not regex.fullmatch(r"\d+[-.]\d+(?:\t[^\t]*){9}", line):
             raise InputError(
                 f"{place}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
                 "with a blank line at the end, in 10 columns split by tabs"
             )
-    tree = Tree([row[1] for row in rows], rows=rows)
+    tree = Sentence([row[1] for row in rows], rows=rows)
     for name, number in {"upos": 3, "heads": 6, "deprels": 7}.items():
         column = [row[number] for row in rows]
         if set(column) - {"_"}:  # A column that is all `_` is absent.
@@ -664,7 +648,7 @@ def parse_block(block):
     if any(tags):
         tree.entities = [tag[1] if tag else "O" for tag in tags]
     check_tree(tree, block[0][0])
-    return tree, others
+    return tree, comments
 
 def check_tree(tree, place):  # Checks the words and the heads, and makes the heads numbers.
     # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
@@ -682,10 +666,7 @@ def read_conllu(path):
     """The sentences of a file in CoNLL-U (https://universaldependencies.org/format.html): words and
     what there is of UPOS, trees, and entities (MISC with `Entity=B-PER`). Multi-word tokens and
     empty nodes are no words."""
-    blocks = blocks_of(read_lines(path))
-    for tree in nonempty(path, (parse_block(block)[0] for block in blocks)):
-        del tree.rows
-        yield Sentence(**vars(tree))
+    return nonempty(path, (parse_block(block)[0] for block in blocks_of(read_lines(path))))
 
 # Returns whether the lines are CoNLL-U, which the first one that is no comment tells, and an
 # iterator over all of them, so that a pipe can be told too.
@@ -796,30 +777,24 @@ def read_inferences(path, language="en"):
 # empty nodes do not come back: they are left out, as the words that they belong to may come apart.
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
-# Returns the lines of a block of CoNLL-U after the named transformations.
-def transform_block(block, names, *context):
-    tree, others = parse_block(block)  # comments, multi-word tokens and empty nodes
-    comments = [line for line in others if line.startswith("#")]
-    tree, _ = transform(tree, names if tree.words else [], *context)
-    for number, row in enumerate(tree.rows):
-        row[9] += f"|Old={row[0]}:{row[6]}:{row[1]}"
-        # Where there are two entity tags `read_conllu` takes the first, which is the new one.
-        if tree.entities:
-            row[9] = f"Entity={tree.entities[number]}|{row[9]}"
-        row[:2] = str(number + 1), tree.words[number]
-        if tree.heads:
-            row[6] = str(tree.heads[number])
-    return [*comments, *map("\t".join, tree.rows), ""]
+# Yields the lines of a sentence in CoNLL-U. Its rows have the columns that a Sentence lacks.
+def conllu_lines(sentence, comments):
+    yield from comments
+    for number, row in enumerate(sentence.rows):
+        row[:2] = str(number + 1), sentence.words[number]
+        if sentence.heads:
+            row[6] = str(sentence.heads[number])
+        # Where there are two entity tags `parse_block` takes the first, which is the new one.
+        if sentence.entities:
+            row[9] = f"Entity={sentence.entities[number]}|{row[9]}".removesuffix("|_")
+        yield "\t".join(row)
+    yield ""
 
-# Yields the lines of the built-in language in CoNLL-U.
 def generate_file(args):
     for sentence in generate(args.sentences, args.seed):
-        yield f"# text = {' '.join(sentence.words)}"
-        for number, word in enumerate(sentence.words):
-            tree = f"{sentence.heads[number]}\t{sentence.deprels[number]}"
-            labels = f"{sentence.upos[number]}\t_\t_\t{tree}\t_\tEntity={sentence.entities[number]}"
-            yield f"{number + 1}\t{word}\t_\t{labels}"
-        yield ""
+        labels = zip(sentence.upos, sentence.deprels, strict=True)
+        sentence.rows = [[*"___", upos, *"___", deprel, *"__"] for upos, deprel in labels]
+        yield from conllu_lines(sentence, [f"# text = {' '.join(sentence.words)}"])
 
 # Yields the lines of the derived file: CoNLL-U of CoNLL-U, and of plain text a sentence a line.
 def transform_file(args):
@@ -828,36 +803,42 @@ def transform_file(args):
     # The content tells the format. A pipe has no name that could.
     is_conllu, lines = peek(read_lines(args.file))
     if is_conllu:
-        for index, block in enumerate(blocks_of(lines)):
-            yield from transform_block(block, names, args.seed, index, order)
+        parsed = map(parse_block, blocks_of(lines))
     else:
-        for index, sentence in enumerate(nonempty(args.file, split_text(lines))):
-            yield " ".join(transform(sentence, names, args.seed, index, order)[0].words)
+        parsed = ((sentence, None) for sentence in nonempty(args.file, split_text(lines)))
+    for index, (sentence, comments) in enumerate(parsed):
+        for row in sentence.rows or []:
+            row[9] += f"|Old={row[0]}:{row[6]}:{row[1]}"
+        if sentence.words:
+            sentence, _ = transform(sentence, names, args.seed, index, order)
+        if is_conllu:
+            yield from conllu_lines(sentence, comments)
+        else:
+            yield " ".join(sentence.words)
 
-def restore_file(args):  # Yields the lines of the file that was transformed.
+def restore_file(args):
     for block in blocks_of(read_lines(args.file)):
-        tree, comments = parse_block(block)
-        for row in tree.rows:
+        sentence, comments = parse_block(block)
+        for row in sentence.rows:
             note = NOTE.fullmatch(row[9])
             if not note:
                 place = block[0][0]
                 raise InputError(f"{place}: MISC without Old=; give a file that transform wrote")
             row[9], row[0], row[6], row[1] = note.groups()
         # The old numbers tell the old order.
-        tree.rows.sort(key=lambda row: int(row[0]))
-        yield from [*comments, *map("\t".join, tree.rows), ""]
+        sentence.rows.sort(key=lambda row: int(row[0]))
+        yield from [*comments, *map("\t".join, sentence.rows), ""]
 
 COMMANDS = {"generate": generate_file, "transform": transform_file, "restore": restore_file}
 
-# Writes lines to a file that takes its name when it is complete.
+# Writes lines to a file that takes its name when it is complete. Until then readers of the path see
+# what was there before.
 def write(path, lines):
     # Nothing takes the place of a device such as /dev/stdout.
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: no regular file; give another name")
-    path = path.resolve()  # A link stays one.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    # Until it is replaced, readers of the path see what was there before.
     try:
         with part.open("w", encoding="utf-8", newline="") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -866,32 +847,42 @@ def write(path, lines):
         part.unlink(missing_ok=True)
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, allow_abbrev=False, **options):  # so for sub-commands too
-        super().__init__(allow_abbrev=allow_abbrev, **options)
+    """It says what is wrong in one line, and takes no abbreviations."""
+
+    def __init__(self, **options):  # so for sub-commands too
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=style, **options)
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
-def main(arguments=None):  # Exits with 2 where the input is at fault.
-    parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=COMMANDS, help="restore is the way back for CoNLL-U")
+def guarded(main):
+    """Run a command. What its user can mend is one line, and exit status 2; Ctrl-C is 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        return main()
+    except KeyboardInterrupt:  # The line of a progress bar is ended first.
+        status, message = 130, f"\n{name}: interrupted"
+    except OSError as error:
+        status, message = 2, f"{name}: {error.filename}: {error.strerror}; give another path"
+    except (ValueError, ArithmeticError) as error:
+        status, message = 2, f"{name}: {' '.join(str(error).split())}"
+    # After the except clause, since it frees the error's frames: a progress bar closes first.
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+def main(arguments=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("file", nargs="?", default="-", help="text or CoNLL-U; - is standard input")
-    parser.add_argument("-o", "--out", required=True, help="a file; of generate, a folder")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file, or generate's folder")
     parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
     parser.add_argument("--order", help="a treebank whose order syntax imitates")
     parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
     parser.add_argument("--seed", type=int, default=0, help="of generate and permute")
-    try:
-        # Intermixed: the file may follow after options.
-        args = parser.parse_intermixed_args(arguments)
-        path = Path(args.out)
-        if args.command == "generate":
-            path = path / "original.conllu"
-        write(path, COMMANDS[args.command](args))
-    except (InputError, OSError) as error:
-        parser.exit(2, f"synth_lang.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "synth_lang.py: interrupted\n")
+    args = parser.parse_intermixed_args(arguments)  # The file may follow after options.
+    path = args.out / "original.conllu" if args.command == "generate" else args.out
+    write(path, COMMANDS[args.command](args))
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

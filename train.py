@@ -10,7 +10,6 @@ open. The same command again goes on from the checkpoint, with the same bits on 
 random in a step is a function of the seed and the step, so that no generator has to be saved.
 """
 
-import argparse
 import functools
 import hashlib
 import inspect
@@ -18,7 +17,6 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 from array import array
 from concurrent.futures import ProcessPoolExecutor
@@ -45,6 +43,7 @@ LOG_EVERY = 100  # steps
 # torchrun starts several processes and tells each of them who it is.
 RANK = int(os.environ.get("RANK", 0))  # 0 for the first, which writes the files for all
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]  # the default first
 
 # ---------------------------------------------------------------------------------- text to ids
 @dataclass
@@ -65,10 +64,9 @@ class Source:
 
     def content_hash(self):
         """It changes with the text, and not with the places and the times of its files."""
-        digest = hashlib.sha256(b"" if self.text else str(self.sentences).encode())
-        # The transformations and the built-in language are part of it.
-        digest.update(Path(synth_lang.__file__).read_bytes())
-        for path in [*self.text, self.order or os.devnull]:
+        digest = hashlib.sha256(str(self.sentences).encode())
+        # synth_lang.py has the transformations and the built-in language.
+        for path in [synth_lang.__file__, *self.text, self.order or os.devnull]:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16]
@@ -146,7 +144,7 @@ class Corpus:
         return starts[cut_off <= max(2, cut_off.min())]
 
 def tokenise(source, languages, s):
-    """The Corpus of a text. Says how often characters have no sub-word. Raises InputError."""
+    """The Corpus of a text. Raises InputError."""
     original, derived, counterpart = array("q"), array("q"), array("q")  # ids
     for index, sentence in enumerate(tqdm(source.read(), "sentences tokenised")):
         ids = languages.encode_sentence(sentence)
@@ -157,8 +155,6 @@ def tokenise(source, languages, s):
             derived.extend(languages.encode_sentence(languages.derive(sentence, index)))
     if min(len(original), len(derived)) <= s.positions:
         raise InputError(f"too little text for rows of {s.positions} ids: give more")
-    if unknown := (original + counterpart).count(UNK):
-        print(f"{unknown} stretches of rare characters became <unk>", file=sys.stderr)
     return Corpus(np.array(original), derive_ids(np.array(derived), s), np.array(counterpart))
 
 def prepare(source, s, root):
@@ -319,9 +315,10 @@ def pretrain(corpus, s, folder, args):
         update(model, optimizers, schedule(step, s))
 
         done = step + 1
-        log_now, save_now = done % LOG_EVERY == 0, done % args.save_every == 0
-        if (log_now or save_now or done == s.steps) and not loss.isfinite():
-            raise ValueError(f"{folder}: no finite loss at step {done}: lower the rates")
+        log_now = done % LOG_EVERY == 0
+        save_now = done % args.save_every == 0 or done == s.steps
+        if (log_now or save_now) and not loss.isfinite():
+            raise ValueError(f"{folder}: no finite loss at step {done}; lower the rates")
         if log_now and RANK == 0:  # The first process writes for all.
             line = {"step": done, "loss": loss.item(), "mlm": mlm.item()}
             line |= alignment_score(model, pairs)
@@ -337,15 +334,16 @@ def run(folder, s, source, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
     path, model = folder / "settings.json", folder / "model"
     record = {"settings": asdict(s), "source": vars(source)}
-    saved = json.loads(path.read_text()) if path.exists() else record
     finished = (model / "tokenizer_config.json").exists()  # the last file to be written
-    # A finished run is known by the names of its files, which may be gone; an unfinished one by
-    # their content, as they may have moved.
-    text = "source" if finished else "content"
     if not finished:
         record["content"] = source.content_hash()
-    if saved["settings"] != record["settings"] or saved.get(text) not in (None, record[text]):
-        raise ValueError(f"{path}: has other settings or text: give another folder")
+    if path.exists():
+        saved = json.loads(path.read_text())
+        # A finished run is known by the names of its files, which may be gone; an unfinished one by
+        # their content, as they may have moved.
+        text = "source" if finished else "content"
+        if (saved["settings"], saved[text]) != (record["settings"], record[text]):
+            raise ValueError(f"{path}: has other settings or text; give another folder")
     if finished:
         return
     if RANK > 0:  # The others wait, and do not learn the same sub-words side by side.
@@ -374,8 +372,9 @@ def subword_table(subwords, s):
     return table, (mark, transliterate_word(mark))
 
 # ---------------------------------------------------------------------------- the command line
-def add_options(parser):
-    """Options for the text and the machine, and one for every setting, the commonest first."""
+def add_options(parser, left_out=()):
+    """Options for the text and the machine, and one for every setting but those that are left out,
+    the commonest first."""
     add = parser.add_argument
     # A file given in one folder is found from another.
     add("--corpus", "--treebank", dest="text", nargs="+", action="extend", default=[],
@@ -383,41 +382,27 @@ def add_options(parser):
     add("--order", type=os.path.abspath, help="CoNLL-U whose order `syntax` borrows (verb last)")
     add("--sentences", type=int, default=60_000, help="of the built-in language (%(default)s)")
     add("--preset", choices=PRESETS, default="tiny", help="settings not named here (%(default)s)")
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", choices=devices, default=devices[0], help="where to train (%(default)s)")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to train (%(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
     # The comments beside the settings in alignmlm.py say what they mean.
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
         values = ", ".join(f"{preset} {getattr(s, name)}" for preset, s in PRESETS.items())
         kind = type(getattr(Settings, name))
-        add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{meaning} ({values})",
-            type=json.loads if kind is bool else kind)  # "true" and "false" can be given.
+        if name not in left_out:
+            add(f"--{name.replace('_', '-')}", help=f"{meaning} ({values})",
+                type=json.loads if kind is bool else kind)  # "true" and "false" can be given.
 
 def read_options(args, **changes):
     """The Settings that the options give, with these changes, and the Source."""
-    given = {name: value for name, value in vars(args).items() if hasattr(Settings, name)}
-    s = preset(args.preset, **given | changes)
+    for name, value in vars(args).items():
+        if hasattr(Settings, name) and value is not None:
+            changes.setdefault(name, value)
+    s = preset(args.preset, **changes)
     synth_lang.parse_transform(s.transform)  # It raises an InputError before work is done.
     return s, Source(args.text, args.order, args.sentences)
 
-def guarded(main):
-    """Run a command. What its user can mend is one line, and exit status 2; Ctrl-C is 130."""
-    name = Path(sys.argv[0]).name
-    try:
-        return main()
-    except KeyboardInterrupt:  # The line of the progress bar is ended first.
-        status, message = 130, f"\n{name}: interrupted: the same command goes on"
-    except OSError as error:
-        status, message = 2, f"{name}: {error.filename}: {error.strerror}: give another path"
-    except (ValueError, ArithmeticError) as error:
-        status, message = 2, f"{name}: {' '.join(str(error).split())}"
-    # After the except clause, since it frees the error's frames: the progress bar closes first.
-    print(message, file=sys.stderr)
-    sys.exit(status)
-
 def main():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = synth_lang.Parser(description=__doc__, formatter_class=style)
+    parser = synth_lang.Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="for the run; the text's ids are kept beside it")
     add_options(parser)
     args = parser.parse_args()
@@ -429,4 +414,4 @@ def main():
     run(args.folder, *read_options(args), args)
 
 if __name__ == "__main__":
-    guarded(main)
+    synth_lang.guarded(main)

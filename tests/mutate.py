@@ -57,7 +57,7 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ('synth_lang.py', 'prefix = "I" if numbers[old] == last else "B"',
      'prefix = "I" if numbers[old] >= last else "B"'),
     ("synth_lang.py", "np.argsort([-1, *places])[moved.heads]", "np.array([0, *places])[moved.heads]"),
-    ("synth_lang.py", "steps.append((name, step))", "steps.insert(0, (name, step))"),
+    ("synth_lang.py", "in reversed(steps)", "in steps"),
     ('synth_lang.py', 'random.Random(f"{seed}/{index}")',
      'random.Random(f"{seed}")'),
     ("synth_lang.py", "sorted(items, key=lambda word: -wins[items[word]])", "sorted(items, key=lambda word: wins[items[word]])"),

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import math
 import sys
 from collections import Counter
 
@@ -41,7 +40,7 @@ def small(**changes):
 
 def command(patch, *arguments):
     patch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-    train.guarded(evaluation.main)
+    synth_lang.guarded(evaluation.main)
 
 
 def failure(patch, capfd, *arguments):
@@ -205,29 +204,6 @@ def test_entities_are_well_formed_after_an_inversion(root):
 
         assert words(derived) == words(sentence)
     assert kinds["I"] > 10
-
-
-def test_words_alone_is_naive_bayes():
-    """By another way: a table of evidence and labels, with one added to each count."""
-    learn = list(synth_lang.generate_inferences(300, 3))
-    test = list(synth_lang.generate_inferences(60, 4))
-    labels = list(dict.fromkeys(pair.label for pair in learn))
-    rows = []
-    for pair in learn:
-        has = {("in", w) for w in pair.hypothesis.words}
-        has |= {("new", w) for w in pair.hypothesis.words if w not in pair.premise.words}
-        rows.append((pair.label, has))
-    right = 0
-    for pair in test:
-        has = {("in", w) for w in pair.hypothesis.words}
-        has |= {("new", w) for w in pair.hypothesis.words if w not in pair.premise.words}
-        logs = []
-        for label in labels:
-            same = [row for other, row in rows if other == label]
-            shares = [(sum(item in row for row in same) + 1) / (len(same) + 2) for item in has]
-            logs.append(math.log(len(same)) + math.fsum(map(math.log, shares)))
-        right += labels[int(np.argmax(logs))] == pair.label
-    assert evaluation.words_alone(learn, test) == pytest.approx(100 * right / len(test))
 
 
 def test_words_alone_sees_what_only_the_premise_lacks():
@@ -405,7 +381,7 @@ def test_rho_of_the_papers_numbers(task, rho):
     assert len(PUBLISHED) == 12
     found, p, low, high = numbers(evaluation.correlation(*published(task)))
     assert found == rho and low < rho < high
-    assert p == pytest.approx(0.007, abs=0.006)
+    assert 0.001 < p < 0.02
 
 
 def test_p_of_few_rows_is_a_count_of_pairings():
@@ -416,17 +392,20 @@ def test_p_of_few_rows_is_a_count_of_pairings():
 def test_rho_is_blind_to_rounding_errors_and_ends_without_spread():
     first = evaluation.correlation([1, 2, 3, 4], [-1, -1, -3, -4])
     assert evaluation.correlation([1, 2, 3, 4], [-1, -1 + 1e-13, -3, -4]) == first
-    assert "nan" in evaluation.correlation([5, 5, 5], [-1, -2, -3])
+    with pytest.warns(scipy.stats.ConstantInputWarning):
+        assert "nan" in evaluation.correlation([5, 5, 5], [-1, -2, -3])
 
 
-def test_the_interval_is_of_bootstrap_samples():
-    x, y = np.arange(8.0), np.array([1, 3, 2, 5, 4, 8, 6, 7.0])
+def test_the_interval_is_close_to_that_of_bootstrap_samples():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    y = x + rng.normal(size=60)
     *_, low, high = numbers(evaluation.correlation(x, -y))
     expected = scipy.stats.bootstrap(
         (x, y), lambda a, b: scipy.stats.spearmanr(a, b).statistic, paired=True, vectorized=False,
-        method="percentile", n_resamples=1_000, rng=1,
+        n_resamples=1_000, rng=1,
     ).confidence_interval  # fmt: skip
-    assert (low, high) == pytest.approx(tuple(expected), abs=0.08)
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.05)
 
 
 # -------------------------------------------------------------------------------------- report
@@ -624,7 +603,7 @@ def shrink(model, dictionary):
 
 def test_a_fifth_objective_and_a_fifth_transformation(tmp_path, few, monkeypatch, capsys):
     monkeypatch.setitem(OBJECTIVES, "shrink", Objective("SHRINK-MLM", added_loss=shrink))
-    monkeypatch.setitem(synth_lang.TRANSFORMS, "swap", synth_lang.Reordering(doubled_order))
+    monkeypatch.setitem(synth_lang.TRANSFORMS, "swap", synth_lang.Transformation(doubled_order))
     command(
         monkeypatch, "grid", "--out", tmp_path, *OPTIONS, "--jobs=1", "--seeds=1", "--objectives",
         "mlm", "shrink", "--transforms", "transliterate+swap", "--tasks", "pos", "ner", "nli",

@@ -56,7 +56,7 @@ def command(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         status = 0
         try:
-            train.guarded(train.main)
+            synth_lang.guarded(train.main)
         except SystemExit as left:
             status = left.code
         return status, messages(capfd.readouterr().err)
@@ -152,7 +152,7 @@ def test_a_run_that_was_overtaken_takes_what_the_other_has_made(tmp_path, monkey
     assert [*tmp_path.iterdir()] == [folder] and (folder / "ids.npz").exists()
 
 
-def test_of_a_long_line_nothing_is_lost_and_rare_characters_are_counted_once(tmp_path, capfd):
+def test_of_a_long_line_nothing_is_lost(tmp_path):
     rng = random.Random(0)
     lines = [" ".join(sentence.words) for sentence in synth_lang.generate(600)]
     lines += [" ".join("".join(rng.choices("домжукя", k=3)) for _ in range(25_000)), "a ☃ ☃ b ☃☃"]
@@ -163,8 +163,7 @@ def test_of_a_long_line_nothing_is_lost_and_rare_characters_are_counted_once(tmp
     subwords, corpus = train.Languages(folder, s).subwords, np.load(folder / "ids.npz")
     both = np.concatenate([corpus["original"], corpus["counterpart"]]).tolist()
     assert len(re.findall("[домжукя]{3}", subwords.decode(both))) == 25_000
-    (said,) = messages(capfd.readouterr().err)
-    assert said.startswith(f"{both.count(UNK)} ") and both.count(UNK) >= 3
+    assert both.count(UNK) >= 3
 
 
 # -------------------------------------------------------------------------------------- batches
@@ -412,8 +411,7 @@ def test_ctrl_c_is_one_line_while_sub_words_are_learned_and_while_training(tmp_p
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(30) == 130
         said = messages((tmp_path / "stderr").read_text())
-        assert said[-1].startswith("train.py: interrupted")
-        assert not said[:-1] or (moment != "sub-words" and "<unk>" in said[0])
+        assert said == ["train.py: interrupted"]
     assert [path.name[:5] for path in sorted(tmp_path.iterdir())] == ["data-", "run", "stder"]
 
 
