@@ -277,14 +277,15 @@ def evaluate(folder, name, examples, device):
     known = set(task.all_labels(learn))
     unknown = set(task.all_labels(test)) - known
     if unknown:
-        labels = ", ".join(sorted(unknown))
-        print(f"{name}: no example to learn from has {labels}: counted as wrong", file=sys.stderr)
+        text = ", ".join(sorted(unknown))
+        print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
     names = [*sorted(known), *sorted(unknown)]  # A tagger says only those that are known.
-    labels, n, epochs = len(known), len(learn), math.ceil(task.epochs * s.tune_epochs)
     original = make_rows(task, learn + test, names, languages, s, derived=False).to(device)
     derived = make_rows(task, learn + test, names, languages, s, derived=True).to(device)
-    zero_shot = fine_tune(model, original[:, :n], labels, 0, epochs)
-    supervised = fine_tune(model, derived[:, :n], labels, 1, epochs)
+    # The rows of the examples to learn from come first.
+    n, epochs = len(learn), math.ceil(task.epochs * s.tune_epochs)
+    zero_shot = fine_tune(model, original[:, :n], len(known), 0, epochs)
+    supervised = fine_tune(model, derived[:, :n], len(known), 1, epochs)
 
     cell = {"task": name, **asdict(s)}
     cell["source"] = measure(zero_shot, task, original[:, n:], names, 0)
@@ -399,8 +400,7 @@ def draw_words(folder, runs, path, count=30):
     figure.savefig(path)
 
 def report(folder, out):
-    """Write and print the tables of all finished runs; write their figures and results.json."""
-    out = out or folder
+    """Print the tables of all finished runs; write them, their figures and results.json to out."""
     cells = read_cells(folder)
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "results.json", json.dumps(cells, indent=1).encode())
@@ -468,7 +468,7 @@ def grid(variants, args):
         done = joblib.Parallel(return_as="generator_unordered")(jobs)
         failures = list(filter(None, tqdm(done, "cells", len(jobs))))
     if len(failures) < len(jobs):
-        report(args.out, args.results)
+        report(args.out, args.out)
     if failures:
         text = f"{len(failures)} of {len(jobs)} cells failed; the same command goes on"
         raise ValueError("; ".join([text, *failures]))
@@ -488,6 +488,7 @@ def main():
         one.set_defaults(tasks=[name])
     several = commands.add_parser("report", help="tables and figures of finished runs")
     several.add_argument("folder", type=Path, help="that has the runs' folders")
+    several.add_argument("--results", type=Path, help="folder to write to (the same)")
     every = commands.add_parser("grid", parents=[files], help="train many runs, and report")
     option = every.add_argument
     shown = {"help": "(%(default)s)", "nargs": "+"}
@@ -499,14 +500,12 @@ def main():
     option("--vary", nargs="+", help="an ablation: a setting and its values")
     option("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     option("--scheduler", help="address of a Dask cluster whose workers have one thread each")
-    for command in (several, every):
-        command.add_argument("--results", type=Path, help="folder to write to (the runs' own)")
     train.add_options(every, left_out=GRID_SETTINGS)
     args = parser.parse_args()
     if args.command == "grid":
         grid(read_variants(parser, args), args)
     elif args.command == "report":
-        report(args.folder, args.results)
+        report(args.folder, args.results or args.folder)
     else:
         examples = read_examples(args)[args.command]
         print(json.dumps(evaluate(args.folder, args.command, examples, args.device), indent=2))
