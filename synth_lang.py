@@ -792,8 +792,9 @@ def conllu_lines(sentence, comments):
 
 def generate_file(args):
     for sentence in generate(args.sentences, args.seed):
-        labels = zip(sentence.upos, sentence.deprels, strict=True)
-        sentence.rows = [[*"___", upos, *"___", deprel, *"__"] for upos, deprel in labels]
+        sentence.rows = []
+        for upos, deprel in zip(sentence.upos, sentence.deprels, strict=True):
+            sentence.rows.append(["_", "_", "_", upos, "_", "_", "_", deprel, "_", "_"])
         yield from conllu_lines(sentence, [f"# text = {' '.join(sentence.words)}"])
 
 # Yields the lines of the derived file: CoNLL-U of CoNLL-U, and of plain text a sentence a line.
