@@ -58,7 +58,7 @@ class Settings:
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
     warmup: int = 10_000  # steps in which the rate rises to its peak
-    decay_share: float = 1.0  # share of the steps after warm-up in which, at last, it falls
+    decay_share: float = 1.0  # the rate falls during this last share of the steps after warm-up
     batch: int = 128  # rows in a step
     short_steps: int = 0  # first steps, with rows of 32 tokens, and more rows
     weight_decay: float = 0.01  # of matrices, embeddings included
@@ -79,11 +79,11 @@ class Settings:
             raise ValueError(f"give positions in multiples of {multiple}, mask_share of 0.02 to 1")
 
     @property
-    def shift(self):  # T_trans adds it to a word's id; without T_trans the languages share ids.
+    def shift(self):  # T_trans adds it, V / 2, to a word's id; else 0: the languages share ids.
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property
-    def language_size(self):  # how many ids one language has, the special ones included
+    def language_size(self):  # how many ids one language has, special ones included: V / 2 or V
         return self.shift or self.vocab_size
 
     @property
@@ -100,7 +100,7 @@ def derive_ids(ids, s):
 
 def make_dictionary(s):
     """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
-    rng = np.random.default_rng([s.seed, 0xD1C7])  # a stream of its own
+    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # a stream of its own, unlike any step's
     words = np.arange(SPECIALS, s.language_size)
     known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
     return np.stack([known, known + s.shift], axis=1)
@@ -119,10 +119,10 @@ class Batch:  # what one step sees: int64 arrays of numpy when it is made, tenso
 def mask_tokens(tokens, s, rng):
     """RoBERTa's masking of tokens (B, T) int64; returns tokens, masked and labels, as in Batch. Of
     the chosen 80 % become <mask>, 10 % a random word of either language, and 10 % stay. RoBERTa
-    chooses each with the probability mask_share. Here exactly round(mask_share * T) of a row are
-    chosen, so that all batches have one shape; special ones only if a row has too few words."""
+    chooses each with the probability mask_share; here it is round(mask_share * T) of every row, so
+    that all batches have one shape, and special ones only where a row has too few words."""
     count = round(s.mask_share * tokens.shape[1])
-    order = rng.random(tokens.shape)  # The tokens with the smallest of these are chosen.
+    order = rng.random(tokens.shape)  # The smallest are chosen, and special ones stand last.
     order[tokens < SPECIALS] += 1
     masked = np.sort(np.argpartition(order, count - 1, axis=1)[:, :count])
     labels = np.take_along_axis(tokens, masked, axis=1)
@@ -146,12 +146,11 @@ def pair_translations(original, derived):
     return tokens, languages, positions
 
 def ask_translations(batch, dictionary, s, rng):
-    """DICT-MLM: for half of the masked words in D the label becomes the translation.
-    The language embedding there becomes that of the translation; nothing else says what is wanted.
-    As in Chaudhary et al. 2020 the *label* is translated. The code of ALIGN-MLM's authors
-    translates the *input* and keeps the label; here is the method as published."""
+    """DICT-MLM: for half of the masked words in D the label becomes the translation. The language
+    embedding there becomes that of the translation; nothing else says what is wanted. As published
+    the *label* is translated; the code of ALIGN-MLM's authors translates the *input* instead."""
     translation = np.full(s.vocab_size, -1)
-    translation[dictionary] = dictionary[:, ::-1]  # of either word of a pair, the other one
+    translation[dictionary] = dictionary[:, ::-1]  # translation[i] = j, and translation[j] = i
     translated = translation[batch.labels]  # (B, M), -1 for words outside of D
     asked = (translated >= 0) & (rng.random(translated.shape) < 0.5)
     row, column = np.nonzero(asked)
@@ -179,12 +178,11 @@ OBJECTIVES = {
 }
 
 # "paper" is for several GPUs, and has the paper's rates. "tiny" is for one core of a CPU, in two
-# minutes; RESULTS.md tells how its rates were chosen. "small" has them too, and is for one GPU.
+# minutes; RESULTS.md tells how its rates were chosen. "small" trains with them too, on one GPU.
 PRESETS = {"paper": Settings(), "tiny": Settings(
     vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32, dropout=0.0,
-    optimizer="muon", mask_share=0.4, batch=64, steps=1_200, rate=3e-3, warmup=50, decay_share=0.3,
-    tune_rate=6e-3, tune_epochs=4, freeze_embeddings=True,
-)}  # fmt: skip
+    mask_share=0.4, alpha=100.0, batch=64, steps=1_200, optimizer="muon", rate=3e-3, warmup=50,
+    decay_share=0.3, tune_rate=6e-3, tune_epochs=4, freeze_embeddings=True)}  # fmt: skip
 PRESETS["small"] = preset("tiny", layers=4, width=256, feed_forward=1024, positions=128, batch=128,
                           dropout=0.1, steps=4_000, short_steps=3_000, tune_rate=1e-3)  # fmt: skip
 
@@ -232,7 +230,7 @@ class MaskedLM(nn.Module):
         self.head_norm = nn.LayerNorm(D)
         self.head_bias = nn.Parameter(torch.zeros(s.vocab_size))
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # a deviation of 0.02 at the paper's width, and to scale
+            if parameter.ndim == 2:  # a deviation of 0.02 at the paper's width of 512
                 nn.init.normal_(parameter, std=0.02 * (512 / D) ** 0.5)
             elif "norm" not in name:
                 nn.init.zeros_(parameter)
@@ -280,8 +278,10 @@ def words_of_both(model):
     s, E = model.settings, model.word_embeddings.weight
     original = E[SPECIALS : s.language_size]
     derived = E[SPECIALS + s.shift : s.language_size + s.shift]
-    added = model.language_embeddings.weight if s.objective == "xlm" else E.new_zeros(2, 1)
-    return original + added[0], derived + added[1]
+    if s.objective != "xlm":
+        return original, derived
+    language = model.language_embeddings.weight
+    return original + language[0], derived + language[1]
 
 @torch.no_grad()
 def alignment_score(model, dictionary):
@@ -290,9 +290,9 @@ def alignment_score(model, dictionary):
     group without words is left out. Source: the paper."""
     original, derived = words_of_both(model)
     derived = F.normalize(derived, dim=1)
-    nearest = [(rows @ derived.T).argmax(1).cpu() for rows in original.split(1024)]
+    nearest = [(rows @ derived.T).argmax(1) for rows in original.split(1024)]
     words = np.arange(len(original))
-    aligned = 100.0 * (torch.cat(nearest).numpy() == words)
+    aligned = 100.0 * (torch.cat(nearest).numpy(force=True) == words)
     known = np.isin(words, dictionary[:, 0] - SPECIALS)
     groups = {"all": aligned, "inside": aligned[known], "outside": aligned[~known]}
     return {name: float(group.mean()) for name, group in groups.items() if group.size}
@@ -308,7 +308,7 @@ def rotate(model, dictionary):
     u, _, vh = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
     turned = derived @ u @ vh
     if s.objective == "xlm":
-        turned -= language[0]  # because encode() adds it
+        turned -= language[0]  # words_of_both() has added it, and encode() will.
     model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
     language[-1] = language[0]
     return model
@@ -388,7 +388,7 @@ def from_hf(folder, settings=None):
         shape["positions"] = config["max_position_embeddings"] - HF_UNUSED_POSITIONS
         objective = "mlm" if shape.pop("languages") == 1 else "xlm"  # one with two languages
         model = MaskedLM(replace(settings or Settings(objective=objective), **shape))
-        theirs, path = {}, Path(folder, "model.safetensors")
+        theirs, path = {}, path.with_name("model.safetensors")
         for path in sorted(Path(folder).glob("model*.safetensors")):  # Large models have several.
             theirs |= safetensors.torch.load_file(path)
         state = {name: theirs[hf_name(name)] for name in model.state_dict()}
