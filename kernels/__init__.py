@@ -57,7 +57,8 @@ def alignment_loss(weight, pairs):
     """
     _check_matrix("weight", weight)
     _check("pairs", pairs, (len(pairs), 2), torch.int64, weight.device)
-    # The kernel writes each row's gradient once, and a pair outside of the matrix makes it NaN.
+    # The kernel writes each row's gradient once: hence one-to-one. A pair outside of the matrix
+    # makes the loss NaN.
     if fused(weight):
         return alignment.made_in_forward(alignment.alignment, weight, pairs)
     return alignment.alignment_plain(weight, pairs)

@@ -4,8 +4,8 @@ With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K and the gradie
 
     dE_i = (cosine u_i - u_j) / (K |E_i|),    dE_j = (cosine u_j - u_i) / (K |E_j|).
 
-Plain PyTorch passes over (K, D) matrices for each factor, 30 K D values in all. A program here
-reads the two rows of its pair, 2 K D values in all, and writes both gradients.
+Plain PyTorch passes over (K, D) matrices for each factor, 30 K D values in all. Here each of K
+programs reads the two rows of its pair, 2 D values, and writes both gradients.
 """
 
 from __future__ import annotations  # Triton, which the annotations name, may be missing.
@@ -61,7 +61,7 @@ def alignment(weight: Tensor, pairs: Tensor, with_grad: bool) -> tuple[Tensor, T
     (V, D), K = weight.shape, len(pairs)
     losses = weight.new_empty(K, dtype=torch.float32)
     gradient = weight.new_zeros((V, D) if with_grad else 0)  # Rows in no pair keep the zeros.
-    # One warp for 512 entries of each row is 16 a thread.
+    # A warp is 32 threads: with one for 512 entries of a row, each thread has 16 of them.
     block = triton.next_power_of_2(D)
     alignment_kernel[(K,)](weight, pairs, losses, gradient, K, V, D, BLOCK_D=block,
                            WITH_GRAD=with_grad, num_warps=max(1, block // 512))  # fmt: skip

@@ -1,6 +1,6 @@
 """Time, memory and error of the losses and of a training step, beside others that compute the same.
 
-    python -m kernels.bench --shapes mlm:832x64x4000 align:1000x64x4000 step --peers ours eager
+    python -m kernels.bench --shapes mlm:832x64x4000 align:1000x64x4000 --peers ours eager
 
 A shape of mlm is N x D x V: rows, all with a label, width, vocabulary; of align K x D x V, K pairs;
 step is a training step of this project and of transformers. GPUs compute in bf16, but the alignment
@@ -98,7 +98,8 @@ def alignment_contest(K, D, V):
     peers = {"ours": alignment_loss, "eager": alignment_equation}
     peers["compiled"] = torch.compile(alignment_equation, dynamic=False)
     calls = {name: partial(differentiate, loss, [weight], pairs) for name, loss in peers.items()}
-    # The floor: the rows of the pairs are to be read, and as many to be written.
+    # The floor: the rows of the pairs are to be read, and as many to be written. A floor has no
+    # results to compare, and so this returns an empty slice.
     rows, target = weight.detach()[: 2 * K], torch.empty(2 * K, D)
     calls["a copy of the rows"] = lambda: target.copy_(rows)[:0]
     return calls, differentiate(alignment_equation, [weight.double()], pairs)

@@ -111,24 +111,24 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D:
                 p.store([n0, v0], exps.to(p.dtype))
 
 @jit
-def weight_grad_kernel(p, scaled, ones, dweight, dbias, N, V, D: constexpr, BLOCK_V: constexpr,
+def weight_grad_kernel(p, scaled, scales, dweight, dbias, N, V, D: constexpr, BLOCK_V: constexpr,
                        BLOCK_D: constexpr, BLOCK_N: constexpr, FIRST: constexpr,
                        COLUMNS: constexpr = COLUMNS):  # fmt: skip
     """Tiles of dweight (V, D) += p^T (scale * hidden) and of dbias (V,) += p^T scale, in fp32.
 
-    The descriptors p (N, V), scaled (N, D + 16) and ones, its last columns, are of one chunk of
-    rows; the FIRST chunk writes over what stands in dweight and dbias.
+    The descriptors p (N, V), scaled (N, D + 16) and scales, its last 16 columns, all equal to
+    scale, are of one chunk of rows; the FIRST chunk writes over what is in dweight and dbias.
     """
     d = tl.program_id(0) % (D // BLOCK_D) * BLOCK_D  # fastest: neighbours share tiles of p
     v0 = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
     grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     if d == 0:
-        # dbias comes of the same tiles of p and the columns of scale * 1, all of them equal.
+        # A product has 16 columns or more. So dbias is one with 16 equal columns.
         grad_bias = tl.zeros((BLOCK_V, COLUMNS), tl.float32)
         for n in range(0, N, BLOCK_N):
             p_tile = p.load([n, v0]).T  # (BLOCK_V, BLOCK_N)
             grad = tl.dot(p_tile, scaled.load([n, d]), grad, input_precision="tf32x3")
-            grad_bias = tl.dot(p_tile, ones.load([n, D]), grad_bias, input_precision="tf32x3")
+            grad_bias = tl.dot(p_tile, scales.load([n, D]), grad_bias, input_precision="tf32x3")
         v = v0 + tl.arange(0, BLOCK_V)
         column = tl.max(grad_bias, axis=1)
         if not FIRST:
