@@ -9,7 +9,7 @@ The measures are the paper's, in percent:
     source      fine-tuned and tested on the original language
     BS          bilingual supervised: fine-tuned and tested on the derived language
     BZ          bilingual zero-shot: fine-tuned on the original, tested on the derived language
-    Delta       BZ - BS, what zero-shot costs
+    Delta       BZ - BS, below zero by what zero-shot costs
     BZ rotated  BZ once the rotation that fits D best has turned the fine-tuned model's derived
                 words onto the original ones (`alignmlm.rotate`); nothing more is trained
     alignment   the share of original words whose nearest derived word is their counterpart
@@ -22,7 +22,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from io import StringIO
-from itertools import chain, product, zip_longest
+from itertools import chain, product
 from pathlib import Path
 from statistics import mode
 
@@ -76,7 +76,7 @@ class Task:
     title = "POS accuracy"
     field = "upos"  # of a Sentence, with the labels of its words
     counts = 6_000, 1_000  # examples of the built-in language to learn from, and to test on
-    epochs = 1.0  # as a share of the setting tune_epochs
+    epoch_share = 1.0  # of the setting tune_epochs
     generate = staticmethod(synth_lang.generate)
 
     def read(self, path, language):
@@ -141,7 +141,7 @@ class Nli(Task):
 
     title = "NLI accuracy"
     counts = 20_000, 1_000
-    epochs = 0.5  # The paper fine-tunes for 5 epochs here, and for 10 in the other tasks.
+    epoch_share = 0.5  # The paper fine-tunes for 5 epochs here, and for 10 in the other tasks.
     generate = staticmethod(synth_lang.generate_inferences)
 
     def read(self, path, language):
@@ -158,9 +158,8 @@ class Nli(Task):
             yield [EOS], None
 
 def words_alone(learn, test):
-    """Accuracy of naive Bayes on the hypothesis's words, and on those that the premise lacks.
-
-    It shows what can be had without comparing sentences."""
+    """Accuracy of naive Bayes, which is told the hypothesis's words and which of them the premise
+    lacks. It shows what single words give, without their order and what they mean together."""
 
     def evidence(pair):
         words = set(pair.hypothesis.words)
@@ -179,14 +178,16 @@ def read_examples(args):
     if {len(args.train), len(args.test)} not in ({0}, {len(args.tasks)}):
         raise ValueError("--train, --test: give one file of each for each task, or none")
     examples = {}
-    for name, *files in zip_longest(args.tasks, args.train, args.test):
+    for number, name in enumerate(args.tasks):
         task = TASKS[name]
         if args.train:
+            files = args.train[number], args.test[number]
             parts = [list(task.read(file, args.language)) for file in files]
+            if None in map(task.labels_of, chain(*parts)):
+                raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
         else:
+            # The text of pre-training has the seed 0.
             parts = [list(task.generate(n, seed)) for seed, n in enumerate(task.counts, 1)]
-        if None in map(task.labels_of, chain(*parts)):
-            raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
         examples[name] = parts
     return examples
 
@@ -204,7 +205,7 @@ def make_rows(task, examples, names, languages, s, derived):
             tokens += ids
             labels += [SILENT] * len(ids)
             if label is not None:
-                labels[-len(ids)] = names.index(label)
+                labels[-len(ids)] = names.index(label)  # at the first token of the word
         cut += len(tokens) > longest
         rows[:, index, : len(tokens)] = np.array([tokens, labels])[:, :longest]
     if derived:
@@ -223,7 +224,8 @@ def predict(tagger, tokens, language):
 def batches(rows):
     """Rows (2, rows, T) in random order, TUNE_BATCH at a time: (2, B, T).
 
-    Those of about equal length share a batch, so that little of it is padding."""
+    Those of about equal length share a batch, so that little of it is padding. They are shuffled
+    before they are sorted, so that rows of one length meet others in every epoch."""
     lengths = (rows[0] != PAD).sum(1)
     order = torch.randperm(len(lengths), device=rows.device)
     parts = order[lengths[order].argsort()].split(TUNE_BATCH)
@@ -283,7 +285,7 @@ def evaluate(folder, name, examples, device):
     original = make_rows(task, learn + test, names, languages, s, derived=False).to(device)
     derived = make_rows(task, learn + test, names, languages, s, derived=True).to(device)
     # The rows of the examples to learn from come first.
-    n, epochs = len(learn), math.ceil(task.epochs * s.tune_epochs)
+    n, epochs = len(learn), math.ceil(task.epoch_share * s.tune_epochs)
     zero_shot = fine_tune(model, original[:, :n], len(known), 0, epochs)
     supervised = fine_tune(model, derived[:, :n], len(known), 1, epochs)
 
@@ -321,11 +323,12 @@ def read_cells(folder):
 def correlation(alignment, delta):
     """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
 
-    p is of a permutation test, exact for few rows, and the interval is Fisher's."""
+    It is Pearson's r of the ranks. p is the share of pairings at random in which rho is as far from
+    zero, of all pairings up to 7 rows and of 5,040 beyond; the interval is Fisher's."""
     # Rounding errors of BZ - BS are to break no tie.
     ranks = rankdata(alignment), rankdata(-np.round(delta, 6))
-    rng = np.random.default_rng(0)
-    test = pearsonr(*ranks, method=PermutationMethod(n_resamples=5_000, rng=rng))
+    method = PermutationMethod(n_resamples=5_040, rng=np.random.default_rng(0))
+    test = pearsonr(*ranks, method=method)
     low, high = test.confidence_interval()
     return (f"Spearman's rho of alignment and -Delta: {test.statistic:.3f} (p = {test.pvalue:.2g}, "
             f"{len(delta)} rows, 95 % interval {low:.2f} to {high:.2f}).")  # fmt: skip
@@ -407,7 +410,7 @@ def report(folder, out):
     cells = pd.DataFrame(cells)
     cells["objective"] = [OBJECTIVES[name].label for name in cells["objective"]]
     for name in Settings.__dataclass_fields__:
-        # In an ablation what else varies tells the rows apart.
+        # In an ablation the rows of a table differ in other settings too: these join the name.
         if name not in GRID_SETTINGS and cells[name].nunique() > 1:
             cells["transform"] += f", {name} " + cells[name].astype(str)
     text = ""
@@ -429,7 +432,8 @@ def read_variants(parser, args):
         return {"": args}
     setting, *values = args.vary
     if setting not in Settings.__dataclass_fields__ or setting in GRID_SETTINGS or not values:
-        raise ValueError("--vary: give a setting of train.py --help and values, but no --seed")
+        refused = ", ".join(GRID_SETTINGS)
+        raise ValueError(f"--vary: give a setting other than {refused}, and its values")
     variants = {}
     for value in values:
         option = f"--{setting.replace('_', '-')}={value}"
@@ -456,7 +460,7 @@ def grid(variants, args):
         changes = {"transform": transform, "objective": objective, "seed": seed}
         s, source = train.read_options(variants[suffix], **changes)
         folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
-        if not (folder / "model").exists():  # The text of finished runs may be gone.
+        if not train.is_finished(folder):  # The text of finished runs may be gone.
             train.prepare(source, s, args.out)  # once, before processes would do it side by side
         jobs.append(joblib.delayed(run_cell)(folder, s, source, examples, args))
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough

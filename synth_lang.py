@@ -64,6 +64,14 @@ class Inference:
 # the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an option of
 # that is drawn in its turn. "PART:to" is a word and its tag.
 #
+# "the old dog hardly sings ." comes about like this:
+#     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
+#     act         is the class of the top word, "sings"
+#     subject     brings a phrase on the left: agent -> person noun, "the old dog", whose top word is
+#                 of the class person, and whose name noun brings a det and an amod
+#     adverbials  brings "hardly", just before the top word
+#     end         brings "." at the end
+#
 # A tag must not be guessable without its word, as in natural text, where the tags of both
 # neighbours tell half of the tags and the word itself tells nine in ten. So words have several
 # tags, and much may be left out or stand elsewhere. Still order tells: reversed, the sentences look
@@ -373,7 +381,8 @@ def reorder(sentence, places):  # Returns the words that stood at `places`, with
         if column:  # Labels may be absent.
             setattr(moved, name, [column[old] for old in places])
     if moved.heads:
-        # argsort inverts places; with -1 in front numbers are 1-based, and 0 stays the root's.
+        # argsort inverts a list of places: it gives the new place of each old one. The -1 in front
+        # stays in front, so that the others count from 1, as heads do, and 0 stays the root's.
         moved.heads = np.argsort([-1, *places])[moved.heads].tolist()
     if moved.entities:
         moved.entities = move_entities(sentence.entities, places)
@@ -553,18 +562,28 @@ def restore(sentence, steps):
 
 # ----------------------------------------------------------------------------------- the readers
 # Words are those of Unicode's word boundaries, `(?w)\b`, which keep vowel signs and joiners with
-# their letters and split Han one by one. In addition titles keep their dot, a word with hyphens is
-# one, "..." and "--" are one, and so are runs of Braille and of scripts without boundaries (Thai).
+# their letters and split Han one by one. In addition these are one word:
 WORD = regex.compile(
-    r"(?w)(?:Mr|Mrs|Ms|Dr|St)\.|\.{2,}|-{2,}|[\u2800-\u28ff]+|\p{Line_Break=Complex_Context}+"
-    r"|\w.*?\b(?:[-'\u2019]\w.*?\b)*|\S.*?\b"
+    r"""(?wx)
+    (?:Mr|Mrs|Ms|Dr|St)\.                      # titles with their dot
+    | \.{2,} | -{2,}                          # "..." and "--"
+    | [\u2800-\u28ff]+                        # runs of Braille, which is transliterated text
+    | \p{Line_Break=Complex_Context}+         # and of scripts without boundaries, such as Thai
+    | \w.*?\b (?:[-'\u2019] \w.*?\b)*        # words with hyphens and apostrophes
+    | \S.*?\b                                # what else there is, such as marks
+    """
 )
 # A sentence ends with marks of which one is of those of CJK that take no space after them; or with
 # marks and white space, if no lower case comes next; or with its line. Quotes may close after them.
 CLOSING = r"[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
 SENTENCE = regex.compile(
-    rf"(?s).+?(?<!\b(?:Mr|Mrs|Ms|Dr|St))(?:{MARK}*?[\u3002\uff01\uff1f\uff61]{MARK}*+{CLOSING}\s*+"
-    rf"|{MARK}++{CLOSING}\s++(?!\p{{Ll}}))|.+"
+    rf"""(?sx)
+    .+? (?<! \b (?:Mr|Mrs|Ms|Dr|St) ) (?:
+        {MARK}*? [\u3002\uff01\uff1f\uff61] {MARK}*+ {CLOSING} \s*+
+        | {MARK}++ {CLOSING} \s++ (?!\p{{Ll}})
+    )
+    | .+
+    """
 )
 # What parts sentences: a blank line, or in CoNLL-2003 the beginning of a document.
 BLANK = regex.compile(r"\s*$|-DOCSTART-")
@@ -775,6 +794,7 @@ def read_inferences(path, language="en"):
 # in "Old=3:0:sings", so `restore` needs nothing beside the file: all columns of words come back.
 # Comments stay as they are, `# text` too, and DEPS keeps its old numbers. Multi-word tokens and
 # empty nodes do not come back: they are left out, as the words that they belong to may come apart.
+# An entity tag stands in front, so that "_" becomes "Entity=B-PER|_|Old=3:0:sings".
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
 # Yields the lines of a sentence in CoNLL-U. Its rows have the columns that a Sentence lacks.

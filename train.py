@@ -91,7 +91,8 @@ def learn_subwords(source, s, folder):
     except RuntimeError as error:
         for _ in source.read():
             pass  # If it was the text that could not be read, this says so better.
-        # Whether this text needs more ids or fewer, the message ends with how many.
+        # Whether this text needs more ids or fewer, the message ends with how many. It is twice as
+        # many if each language has ids of its own.
         size = int(re.findall(r"\d+", str(error))[-1]) * s.vocab_size // s.language_size
         raise InputError(f"this text needs --vocab-size {size}") from None
 
@@ -105,16 +106,17 @@ class Languages:
         self.subwords = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.order = json.loads((folder / "order.json").read_text())
         self.names = [n for n in synth_lang.parse_transform(s.transform) if n != "transliterate"]
+        self.ids = {}  # of the words that have been encoded
 
     def derive(self, sentence, index):
         """The sentence in the derived order; index is the seed of what is random in it."""
         return synth_lang.transform(sentence, self.names, index=index, order=self.order)[0]
 
-    # The cache keeps the object alive, of which a process has one.
-    @functools.lru_cache(1_000_000)  # noqa: B019
     def encode(self, word):
         """The ids of a word in the original language, one or more."""
-        return self.subwords.encode(word) or [UNK]  # SentencePiece drops a word of spaces.
+        if word not in self.ids:
+            self.ids[word] = self.subwords.encode(word) or [UNK]  # It drops a word of spaces.
+        return self.ids[word]
 
     def encode_sentence(self, sentence):
         """The ids of all its words, and EOS."""
@@ -131,16 +133,17 @@ class Corpus:
     derived: np.ndarray  # the other half, transformed
     counterpart: np.ndarray  # that other half as it was, sentence for sentence beside `derived`
 
-    @functools.cache  # noqa: B019
+    @functools.lru_cache(2)  # noqa: B019  (There are short rows and long ones.)
     def pair_starts(self, size):
         """The places where pairs of texts of `size` ids may begin: the starts of sentences from
-        which `size` ids end with a sentence, or at most two ids after one (or, if there are none,
-        as few as possible). A sentence that is cut off may lack its counterpart, because under
-        T_inv its first words correspond to its last."""
+        which such a text ends with a sentence, or has at most two ids of one that goes on (or, if
+        there are none, as few as possible). A sentence that is cut off may lack its counterpart,
+        because under T_inv its first words correspond to its last."""
         ends = np.append(0, np.flatnonzero(self.derived == EOS) + 1)  # (sentences + 1,)
         starts = ends[ends + size <= len(self.derived)]  # A sentence starts where one ends.
+        # The last end that is not beyond the text, and how many ids of the text are after it.
         last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
-        cut_off = starts + size - last_end  # ids of a sentence that does not end in the text
+        cut_off = starts + size - last_end
         return starts[cut_off <= max(2, cut_off.min())]
 
 def tokenise(source, languages, s):
@@ -159,7 +162,8 @@ def tokenise(source, languages, s):
 
 def prepare(source, s, root):
     """The folder of a text's sub-words and ids under a transformation, made on first use. It
-    appears in `root` whole or not at all. Raises InputError."""
+    appears in `root` whole or not at all. Raises InputError, also if the text is too short, and so
+    the folder is one for rows of this length."""
     folder = root / f"data-{source.content_hash()}-{s.transform}-{s.vocab_size}-{s.positions}"
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -236,15 +240,20 @@ def orthogonal(matrix):
 
 def make_optimizers(model, s, rate):
     """AdamW at this rate and, if the settings say so, Muon for the weights of linear layers."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    embeddings, matrices, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            vectors.append(parameter)
+        elif "embeddings" in name:  # Their rows are vectors of their own.
+            embeddings.append(parameter)
+        else:
+            matrices.append(parameter)
     optimizers, decay = [], {"weight_decay": s.weight_decay}
     if s.optimizer == "muon":
-        # The first three, in MaskedLM's order, are embeddings, whose rows are vectors of their own.
-        optimizers.append(Muon(matrices[3:], {"lr": s.matrix_rate, **decay}))
-        matrices = matrices[:3]
+        optimizers.append(Muon(matrices, {"lr": s.matrix_rate, **decay}))
+        matrices = []
     # As in BERT only matrices decay. The constants are RoBERTa's.
-    groups = [{"params": matrices, **decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": embeddings + matrices, **decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers.append(torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), eps=1e-6, fused=True))
     return optimizers
 
@@ -253,7 +262,8 @@ def update(model, optimizers, factor):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = factor * group.setdefault("peak", group["lr"])  # the rate at the start
+            peak = group.setdefault("peak", group["lr"])  # At the first step this is the rate.
+            group["lr"] = factor * peak
         optimizer.step()
         optimizer.zero_grad()
 
@@ -330,11 +340,15 @@ def pretrain(corpus, s, folder, args):
             write_file(checkpoint, save({name: tensor.cpu() for name, tensor in tensors.items()}))
     return model
 
+def is_finished(folder):
+    """Whether a run is there, whole: this file is written last."""
+    return (folder / "model" / "tokenizer_config.json").exists()
+
 def run(folder, s, source, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
     path, model = folder / "settings.json", folder / "model"
     record = {"settings": asdict(s), "source": vars(source)}
-    finished = (model / "tokenizer_config.json").exists()  # the last file to be written
+    finished = is_finished(folder)
     if not finished:
         record["content"] = source.content_hash()
     if path.exists():
@@ -342,11 +356,11 @@ def run(folder, s, source, args):
         # A finished run is known by the names of its files, which may be gone; an unfinished one by
         # their content, as they may have moved.
         text = "source" if finished else "content"
-        if (saved["settings"], saved[text]) != (record["settings"], record[text]):
+        if saved["settings"] != record["settings"] or saved[text] != record[text]:
             raise ValueError(f"{path}: has other settings or text; give another folder")
     if finished:
         return
-    if RANK > 0:  # The others wait, and do not learn the same sub-words side by side.
+    if RANK > 0:  # The others wait until the first process has prepared the text, at (1).
         distributed.barrier()
     data = prepare(source, s, folder.parent)
     if RANK == 0:
@@ -355,7 +369,7 @@ def run(folder, s, source, args):
         for name in ("tokenizer.model", "order.json"):
             write_file(folder / name, (data / name).read_bytes())
         if WORLD > 1:
-            distributed.barrier()
+            distributed.barrier()  # (1)
     trained = pretrain(Corpus(**np.load(data / "ids.npz")), s, folder, args)
     if RANK == 0:
         to_hf(trained, model)
@@ -368,7 +382,8 @@ def subword_table(subwords, s):
     mark = "\u2581"  # SentencePiece's
     table = [(subwords.id_to_piece(id), subwords.get_score(id)) for id in range(len(subwords))]
     if s.shift:
-        table += [(transliterate_word(spelling), score) for spelling, score in table]
+        derived = [(transliterate_word(spelling), score) for spelling, score in table]
+        table = table + derived
     return table, (mark, transliterate_word(mark))
 
 # ---------------------------------------------------------------------------- the command line
@@ -386,7 +401,7 @@ def add_options(parser, left_out=()):
     add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
     # The comments beside the settings in alignmlm.py say what they mean.
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
-        values = ", ".join(f"{preset} {getattr(s, name)}" for preset, s in PRESETS.items())
+        values = ", ".join(f"{key} {getattr(s, name)}" for key, s in PRESETS.items())
         kind = type(getattr(Settings, name))
         if name not in left_out:
             add(f"--{name.replace('_', '-')}", help=f"{meaning} ({values})",
