@@ -9,7 +9,6 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-
 @pytest.fixture(autouse=True)
 def progress_bars():
     yield

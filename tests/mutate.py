@@ -69,7 +69,6 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ("kernels/masked_softmax.py", "lost[chunk] = scale * (-others - entry)", "lost[chunk] = 0.0"),
 ]
 
-
 def run(number):
     """Whether the tests notice a mutant."""
     name, before, after = MUTANTS[number]
@@ -84,7 +83,6 @@ def run(number):
         command = [sys.executable, "-m", "pytest", "-x", "-q", *TESTS[name]]
         return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
 
-
 def main():
     chosen = [n for n, mutant in enumerate(MUTANTS) if mutant[0] in (sys.argv[1:] or TESTS)]
     with ThreadPoolExecutor(2) as pool:
@@ -94,7 +92,6 @@ def main():
         print(f"{'noticed' if red else 'MISSED '}  {name}: {before} -> {after}")
     print(f"{sum(noticed)} of {len(noticed)} mutants were noticed")
     return not all(noticed)
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,7 +22,6 @@ from alignmlm import BOS, EOS, MASK, OBJECTIVES, PAD, PRESETS, SPECIALS, Batch, 
 SEEDS = st.integers(0, 2**32 - 1)
 torch.set_num_threads(1)  # The tensors are tiny.
 
-
 def tiny(**changes) -> Settings:
     given = {
         "objective": "mlm", "vocab_size": 120, "layers": 2, "width": 32, "heads": 2,
@@ -30,25 +29,21 @@ def tiny(**changes) -> Settings:
     }  # fmt: skip
     return Settings(**given | changes)
 
-
 def randomize(model):
     """Move all weights away from their first values, so that one forgotten or swapped shows."""
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
-
 def random_model(s: Settings, seed: int = 0) -> MaskedLM:
     torch.manual_seed(seed)
     return randomize(MaskedLM(s))
-
 
 def random_tokens(s: Settings, rows: int, length: int, seed: int = 0) -> np.ndarray:
     """BOS, and then any other ids but that of the padding."""
     tokens = np.random.default_rng(seed).integers(EOS, s.vocab_size, (rows, length))
     tokens[:, 0] = BOS
     return tokens
-
 
 def random_batch(s: Settings, seed: int = 0) -> Batch:
     """Pairs as XLM has them, masked, and changed as the objective wants it."""
@@ -58,17 +53,14 @@ def random_batch(s: Settings, seed: int = 0) -> Batch:
     batch = Batch(*alignmlm.mask_tokens(tokens, s, rng), languages, positions)
     return OBJECTIVES[s.objective].change_batch(batch, alignmlm.make_dictionary(s), s, rng)
 
-
 def logits_of(model: MaskedLM, hidden: torch.Tensor) -> torch.Tensor:
     head = model.head_norm(F.gelu(model.head_dense(hidden)))
     return F.linear(head, model.word_embeddings.weight, model.head_bias)
-
 
 def near(count: int, trials: int, probability: float) -> bool:
     """Within five standard deviations of a binomial."""
     deviation = math.sqrt(trials * probability * (1 - probability))
     return abs(count - trials * probability) < 5 * deviation
-
 
 # --------------------------------------------------------------------- settings and dictionary
 @pytest.mark.parametrize("wrong, named", [
@@ -82,7 +74,6 @@ def test_an_impossible_experiment_is_refused_by_the_name_of_its_setting(wrong, n
     with pytest.raises(ValueError, match=named):
         tiny(**wrong)
 
-
 def test_the_paper_preset_is_the_papers():
     s = PRESETS["paper"]
     assert (s.layers, s.width, s.heads, s.feed_forward, s.positions) == (8, 512, 8, 2048, 512)
@@ -93,7 +84,6 @@ def test_the_paper_preset_is_the_papers():
     assert (s.dictionary_share, s.parallel_share) == (0.5, 0.25)
     assert (s.tune_rate, s.tune_epochs, s.tune_length) == (2e-5, 10, 128)
     assert not s.freeze_embeddings
-
 
 @given(st.integers(16, 300), st.floats(0.05, 1), SEEDS, st.booleans())
 def test_the_dictionary_has_a_share_of_the_words_each_with_its_counterpart(V, share, seed, moved):
@@ -111,16 +101,13 @@ def test_the_dictionary_has_a_share_of_the_words_each_with_its_counterpart(V, sh
     assert (np.diff(original) > 0).all() and np.isin(original, words).all()
     np.testing.assert_array_equal(derived, original + shift)
 
-
 def test_the_dictionary_is_the_same_for_every_objective_and_another_for_another_seed():
     known = [alignmlm.make_dictionary(tiny(objective=o, seed=3)).tolist() for o in OBJECTIVES]
     assert known == [known[0]] * len(OBJECTIVES)
     assert alignmlm.make_dictionary(tiny(seed=4)).tolist() != known[0]
 
-
 # ---------------------------------------------------------------------- masks and translations
 SHAPES = st.tuples(st.integers(1, 5), st.integers(8, 40))
-
 
 @given(arrays(np.int64, SHAPES, elements=st.integers(0, 15)), st.floats(0.02, 1), SEEDS)
 def test_an_exact_share_of_every_row_is_masked_and_words_first(tokens, share, seed):
@@ -141,7 +128,6 @@ def test_an_exact_share_of_every_row_is_masked_and_words_first(tokens, share, se
     changed = inputs[inputs != tokens]
     assert ((changed == MASK) | (changed >= SPECIALS)).all()
 
-
 def test_of_the_masked_tokens_8_in_10_become_the_mask_and_1_in_10_a_word_of_either_language():
     s = tiny(vocab_size=48, mask_share=0.5)
     tokens = np.full((400, 100), 30)
@@ -157,7 +143,6 @@ def test_of_the_masked_tokens_8_in_10_become_the_mask_and_1_in_10_a_word_of_eith
     for place in np.bincount(masked.ravel(), minlength=100):
         assert near(place, 400, 0.5)
 
-
 @given(st.integers(1, 5), st.integers(1, 20), SEEDS)
 def test_counterparts_stand_side_by_side_and_the_second_starts_again(rows, half, seed):
     original, derived = np.random.default_rng(seed).integers(4, 120, (2, rows, half))
@@ -166,7 +151,6 @@ def test_counterparts_stand_side_by_side_and_the_second_starts_again(rows, half,
     zeros, places = np.zeros_like(original), np.tile(np.arange(half), (rows, 1))
     np.testing.assert_array_equal(first, [original, zeros, places])
     np.testing.assert_array_equal(second, [derived, zeros + 1, places])
-
 
 @given(SEEDS, st.floats(0.1, 1))
 def test_translations_are_asked_for_only_of_words_in_the_dictionary(seed, share):
@@ -184,14 +168,12 @@ def test_translations_are_asked_for_only_of_words_in_the_dictionary(seed, share)
     expected = replace(before, labels=batch.labels, languages=languages)
     np.testing.assert_equal(vars(batch), vars(expected))
 
-
 def test_half_of_the_known_words_are_asked_for_in_translation():
     word = np.full((100, 100), 9)
     place = np.tile(np.arange(100), (100, 1))
     batch = Batch(word, place, word, np.zeros_like(word), place)
     batch = alignmlm.ask_translations(batch, np.array([[9, 69]]), tiny(), np.random.default_rng(0))
     assert near((batch.labels == 69).sum(), 10_000, 0.5)
-
 
 # ------------------------------------------------------------------------ encoder and losses
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -211,7 +193,6 @@ def test_the_encoder_knows_order_by_positions_and_a_language_where_the_objective
     # Dropout is for training alone.
     assert not torch.equal(model.train().encode(tokens, languages), hidden)
 
-
 def oracle(model: MaskedLM, batch: Batch, pairs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """L and L_MLM by their definitions, from the logits of every token."""
     logits = logits_of(model, model.encode(batch.tokens, batch.languages, batch.positions))
@@ -222,7 +203,6 @@ def oracle(model: MaskedLM, batch: Batch, pairs: np.ndarray) -> tuple[torch.Tens
     E = model.word_embeddings.weight
     cosines = [E[i] @ E[j] / (E[i].norm() * E[j].norm()) for i, j in pairs]
     return mlm - model.settings.alpha * torch.stack(cosines).mean(), mlm
-
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
@@ -246,7 +226,6 @@ def test_loss_and_gradients_are_those_of_the_definition(objective, dtype, tolera
         difference = (parameter.grad - other.grad).abs().max()
         assert difference < tolerance * (1 + other.grad.abs().max()), name
 
-
 def test_the_equations_have_the_gradients_that_small_differences_give():
     torch.manual_seed(0)
     hidden, E, bias = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9)
@@ -259,13 +238,11 @@ def test_the_equations_have_the_gradients_that_small_differences_give():
     by_hand = F.cross_entropy(F.linear(*inputs), labels)
     assert mlm(*inputs, labels).item() == pytest.approx(by_hand.item(), abs=1e-12)
 
-
 # ----------------------------------------------------------------------------------- alignment
 def added_to_words(model: MaskedLM) -> torch.Tensor:
     """What is added to the words of either language, (2, D), before they are compared."""
     language = model.language_embeddings.weight.data
     return language if model.settings.objective == "xlm" else torch.zeros(2, language.shape[1])
-
 
 @given(SEEDS, st.sampled_from(list(OBJECTIVES)), st.sampled_from([0, 0.3, 0.8, 1]))
 @settings(max_examples=40)
@@ -283,7 +260,6 @@ def test_alignment_is_that_of_scipys_distances_in_float64(seed, objective, share
     groups = {"all": found, "inside": found[known], "outside": found[~known]}
     expected = {name: group.mean() for name, group in groups.items() if group.size}
     assert alignmlm.alignment_score(model, pairs) == pytest.approx(expected)
-
 
 @given(SEEDS, st.sampled_from(list(OBJECTIVES)))
 @settings(max_examples=25)
@@ -306,7 +282,6 @@ def test_a_rotation_between_the_languages_is_undone_with_the_dictionary(seed, ob
     # The model that was given is as it was.
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
-
 # -------------------------------------------------------------------------------- transformers
 def assert_same_logits(ours: MaskedLM, theirs: RobertaForMaskedLM) -> None:
     """Compare them on rows of every length up to the positions, in one padded batch."""
@@ -318,7 +293,6 @@ def assert_same_logits(ours: MaskedLM, theirs: RobertaForMaskedLM) -> None:
     hidden = ours.encode(tokens, languages, attention_mask=seen[:, None, None])
     expected = theirs(tokens, seen.long(), token_type_ids=languages).logits
     torch.testing.assert_close(logits_of(ours, hidden[seen]), expected[seen], atol=1e-4, rtol=0)
-
 
 @pytest.mark.parametrize("s", [
     tiny(layers=1, heads=4, width=16, feed_forward=80, vocab_size=61, positions=32),
@@ -336,7 +310,6 @@ def test_what_we_write_has_the_same_logits_in_transformers_and_the_same_bits_her
     back = alignmlm.from_hf(tmp_path, replace(s, layers=7, width=64, vocab_size=10))
     assert back.settings == s
     torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
-
 
 @pytest.mark.parametrize("dtype, languages, shard", [
     (torch.float32, 2, "1GB"), (torch.float16, 1, "10KB"), (torch.bfloat16, 2, "1GB"),
@@ -359,11 +332,9 @@ def test_what_transformers_saves_is_read_in_float32(dtype, languages, shard, tmp
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
     assert_same_logits(ours, theirs.float())
 
-
 def assert_refused(folder, name) -> None:
     with pytest.raises(ValueError, match=f"^{folder / name}: no RoBERTa"):
         alignmlm.from_hf(folder)
-
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_damaged_or_missing_file_is_refused_by_its_name(name, tmp_path):
@@ -377,7 +348,6 @@ def test_a_damaged_or_missing_file_is_refused_by_its_name(name, tmp_path):
         assert_refused(tmp_path, name)
     path.unlink()
     assert_refused(tmp_path, name)
-
 
 @pytest.mark.parametrize("name, changes", [
     # The weights do not fit the first of these settings. No model here has the others.
@@ -393,7 +363,6 @@ def test_settings_of_another_model_are_refused(name, changes, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert_refused(tmp_path, name)
-
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "settings.json"

@@ -47,7 +47,6 @@ if INTERPRETED:
 
     InterpreterBuilder.create_dot = create_dot
 
-
 @pytest.fixture(autouse=True)
 def on_the_kernels_in_the_interpreter(monkeypatch):
     if INTERPRETED:
@@ -55,13 +54,11 @@ def on_the_kernels_in_the_interpreter(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
         monkeypatch.setattr(kernels, "fused", lambda weight: weight.dtype != torch.float64)
 
-
 def differentiate(loss, *inputs, dtype=None):
     """The loss of tensors and an index, the last of the inputs, and the tensors' gradients."""
     tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs[:-1]]
     value = loss(*tensors, inputs[-1])
     return value.detach(), *torch.autograd.grad(value, tensors)
-
 
 def assert_same(loss, equation, *inputs):
     """The loss is that of the equation in float64, and so are the gradients; returns them."""
@@ -77,7 +74,6 @@ def assert_same(loss, equation, *inputs):
     assert found[0].dtype == torch.promote_types(inputs[0].dtype, torch.float32)
     return found
 
-
 def case(N=60, D=32, V=100, dtype=torch.float32, scale=0.25, seed=0):
     """Whole numbers, whose products are exact in any order: the errors are those of the softmax."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +84,6 @@ def case(N=60, D=32, V=100, dtype=torch.float32, scale=0.25, seed=0):
     made = whole(N, D), whole(V, D) * scale, whole(V) * scale
     labels = torch.randint(0, V, (N,), generator=generator)
     return *(t.to(DEVICE, dtype) for t in made), labels.to(DEVICE)
-
 
 @property_test
 @given(seed=st.integers(0, 2**32), N=st.sampled_from([1, 7, 140, 300]), V=st.integers(1, 600),
@@ -110,7 +105,6 @@ def test_masked_lm_is_the_equation(monkeypatch, seed, N, V, D, dtype, scale, for
     again = differentiate(masked_lm_loss, *inputs)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
-
 @pytest.mark.parametrize("scale, words, level", [
     *((0.5, slice(None), level) for level in (-1e5, -87.0, 87.0, 1e5)),
     (0.5, 7, -torch.inf),  # A label that cannot be costs infinity, but gives no NaN.
@@ -122,7 +116,6 @@ def test_masked_lm_of_extreme_biases(scale, words, level):
     bias[words] += level
     assert_same(masked_lm_loss, masked_lm_equation, *inputs)
 
-
 def test_the_lines_that_explain_the_trick_are_right():
     """The indented lines of the module's docstring, run as they stand."""
     inputs = hidden, weight, bias, labels = case(dtype=torch.float64)
@@ -131,7 +124,6 @@ def test_the_lines_that_explain_the_trick_are_right():
     exec("\n".join(re.findall("^    (.*)", masked_softmax.__doc__, re.MULTILINE)), names)
     found = tuple(names[name].squeeze() for name in ("loss", "dhidden", "dweight", "dbias"))
     torch.testing.assert_close(found, differentiate(masked_lm_equation, *inputs))
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @of_kernels
@@ -144,7 +136,6 @@ def test_the_gradient_of_a_rows_logits_sums_to_zero(dtype):
     # shows in dweight and dbias what bf16 rounds away.
     for sums in (dhidden[:, 0], dweight[:, 1].double().sum(), dbias.double().sum()):
         assert sums.abs().max() < 1e-6
-
 
 class Operations(TorchDispatchMode):
     """PyTorch's operations by name, the first tensor they make, and if the mean finds it freed."""
@@ -161,7 +152,6 @@ class Operations(TorchDispatchMode):
             self.shape, self.first = result.shape, StorageWeakRef(result.untyped_storage())
         return result
 
-
 @of_kernels
 def test_what_masked_lm_does_beside_its_kernels(monkeypatch):
     monkeypatch.setattr(masked_softmax, "GPU_CHUNK", 1)
@@ -174,7 +164,6 @@ def test_what_masked_lm_does_beside_its_kernels(monkeypatch):
     # The reference of a chunk is computed once: after the repair, an ulp could change it. B12.
     assert seen.names.count("aten::amax") == seen.names.count("aten::hardshrink") == 3
 
-
 def test_masked_lm_does_not_mind_strides():
     hidden, weight, bias, labels = case()
     expected = differentiate(masked_lm_loss, hidden, weight, bias, labels)
@@ -186,7 +175,6 @@ def test_masked_lm_does_not_mind_strides():
         found = differentiate(masked_lm_loss, *inputs, labels.repeat_interleave(2)[::2])
         torch.testing.assert_close(found, expected)
 
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masked_lm_under_autocast_is_that_of_its_type(dtype):
     *tensors, labels = case(scale=4.0)
@@ -194,7 +182,6 @@ def test_masked_lm_under_autocast_is_that_of_its_type(dtype):
         found = differentiate(masked_lm_loss, *tensors, labels)
     expected = differentiate(masked_lm_loss, *(t.to(dtype) for t in tensors), labels)
     torch.testing.assert_close(found, tuple(t.float() for t in expected))
-
 
 @property_test
 @given(seed=st.integers(0, 2**32), V=st.integers(2, 60), dtype=st.sampled_from(DTYPES),
@@ -210,14 +197,12 @@ def test_alignment_is_the_equation(seed, V, dtype, D, zeros):
     for layout in (pairs, pairs.T.contiguous().T):
         assert_same(alignment_loss, alignment_equation, weight, layout.to(DEVICE))
 
-
 @of_kernels
 def test_a_pair_outside_the_matrix_is_nan_and_writes_nothing_else():
     with torch.inference_mode():  # which such a dictionary must survive, B9
         pairs = torch.tensor([[1, 2], [3, 30], [-1, 4]], device=DEVICE)
     loss, gradient = differentiate(alignment_loss, torch.randn(30, 16, device=DEVICE), pairs)
     assert loss.isnan() and gradient[[1, 2]].any() and not gradient[3:].any()
-
 
 @of_kernels
 @pytest.mark.parametrize("with_grad", [True, False])
@@ -226,7 +211,6 @@ def test_operators_keep_pytorchs_contract(dtype, with_grad):
     inputs = case(dtype=dtype)
     torch.library.opcheck(masked_softmax.masked_lm, (*inputs, with_grad))  # B6
     torch.library.opcheck(alignment.alignment, (inputs[1], PAIRS, with_grad))
-
 
 @of_kernels
 def test_gradients_are_made_once_and_where_they_are_wanted(monkeypatch):
@@ -244,7 +228,6 @@ def test_gradients_are_made_once_and_where_they_are_wanted(monkeypatch):
             losses = masked_lm_loss(*inputs), alignment_loss(weight, PAIRS)
             expected = masked_lm_equation(*inputs), alignment_equation(weight, PAIRS)
         torch.testing.assert_close(losses, expected)
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_tied_matrix_gathers_all_its_gradients_compiled_or_not(dtype):
@@ -266,7 +249,6 @@ def test_the_tied_matrix_gathers_all_its_gradients_compiled_or_not(dtype):
     code = [graph.code for graph in backend.fw_graphs + backend.bw_graphs]
     assert code and not (ON_KERNELS and re.search("clone|copy|auto_", " ".join(code)))
 
-
 def test_what_does_not_fit_is_refused_by_name_in_one_line():
     hidden, weight, bias, labels = case()
     pairs, other = PAIRS, "cpu" if CUDA else "meta"
@@ -285,7 +267,6 @@ def test_what_does_not_fit_is_refused_by_name_in_one_line():
             with pytest.raises(ValueError, match=rf"^{name} is [^\n]*; it must be [^\n]*$"):
                 loss(**{name: wrong})
 
-
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="of a CPU")
 def test_gradients_of_the_plain_way_are_those_of_its_values(monkeypatch):
     torch.manual_seed(0)
@@ -296,7 +277,6 @@ def test_gradients_of_the_plain_way_are_those_of_its_values(monkeypatch):
     assert torch.autograd.gradcheck(masked_lm_loss, (*inputs, torch.tensor([3, 6, 6, 0])))
     assert torch.autograd.gradcheck(alignment_loss, (inputs[1], torch.tensor([[0, 5], [6, 2]])))
 
-
 @pytest.mark.skipif(ON_KERNELS or not hasattr(F, "linear_cross_entropy"), reason="new in 2.13")
 def test_the_plain_way_holds_one_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(masked_softmax, "CPU_CHUNK", 40_000)
@@ -304,7 +284,6 @@ def test_the_plain_way_holds_one_chunk_of_logits(monkeypatch):
         differentiate(masked_lm_loss, *case(240, 16, 2000))  # 480,000 logits
     events = profile.profiler.kineto_results.events()
     assert max(e.nbytes() for e in events if e.name() == "[memory]") < 400_000
-
 
 @pytest.mark.skipif(INTERPRETED, reason="all is sent to the kernels")
 def test_where_the_kernels_run(monkeypatch):
@@ -334,7 +313,6 @@ from kernels import alignment, masked_softmax
 assert alignment.triton is masked_softmax.triton is None
 """
     subprocess.run([sys.executable, "-c", without_triton], check=True)
-
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="without a GPU, for the kernels")
 def test_all_of_this_on_the_kernels_in_the_interpreter():

@@ -28,7 +28,6 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED = 227 << 10  # bytes that a program can have on sm_90 and sm_100 (CUDA programming guide)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-
 def compiled_kernels(patch, dtype, capability, D=512, V=80_000, rows=256):
     """What a step of two chunks of rows launches, both losses of it: name -> compiled kernel."""
     compiled = {}
@@ -54,7 +53,6 @@ def compiled_kernels(patch, dtype, capability, D=512, V=80_000, rows=256):
         alignment.alignment(weight, torch.arange(64).view(32, 2), with_grad)
     return compiled
 
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", [90, 100])
 def test_kernels_fit_the_chips_that_run_them(monkeypatch, tmp_path, dtype, capability):
@@ -76,7 +74,6 @@ def test_kernels_fit_the_chips_that_run_them(monkeypatch, tmp_path, dtype, capab
         assert (wgmma > 0) == (capability == 90 and not name.startswith("alignment")), name
         # All tiles come by the copy engine, and none by the threads' own copies.
         assert "cp.async.cg" not in kernel.asm["ptx"], name
-
 
 if __name__ == "__main__":
     print("| kernel | type | chip | registers | spilled | shared | instructions | wgmma |")
