@@ -67,8 +67,8 @@ class Inference:
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
 #     act         is the class of the top word, "sings"
-#     subject     brings a phrase on the left: agent -> person noun, "the old dog", whose top word is
-#                 of the class person, and whose name noun brings a det and an amod
+#     subject     brings a phrase on the left, "the old dog": agent -> person noun, where person is
+#                 the class of its top word, and noun brings a det and an amod
 #     adverbials  brings "hardly", just before the top word
 #     end         brings "." at the end
 #
