@@ -58,7 +58,7 @@ class Settings:
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
     warmup: int = 10_000  # steps in which the rate rises to its peak
-    decay_share: float = 1.0  # the rate falls during this last share of the steps after warm-up
+    decay_share: float = 1.0  # last share of the steps after warm-up, in which the rate falls to 0
     batch: int = 128  # rows in a step
     short_steps: int = 0  # first steps, with rows of 32 tokens, and more rows
     weight_decay: float = 0.01  # of matrices, embeddings included
@@ -79,7 +79,7 @@ class Settings:
             raise ValueError(f"give positions in multiples of {multiple}, mask_share of 0.02 to 1")
 
     @property
-    def shift(self):  # T_trans adds it, V / 2, to a word's id; else 0: the languages share ids.
+    def shift(self):  # V / 2, which T_trans adds to ids; 0 without it, when both share all ids
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property
@@ -137,9 +137,9 @@ def mask_tokens(tokens, s, rng):
 # ------------------------------------------------------------------------------ the objectives
 # All minimise L_MLM, the masked-language-model loss over both languages. These are their additions.
 def pair_translations(original, derived):
-    """XLM: texts (B, T / 2) and their counterparts side by side, to be masked on both sides.
-    Returns tokens, languages and positions, (B, T) int64 each. The positions start again with the
-    counterpart, so that corresponding words can have the same."""
+    """XLM: texts (B, T / 2) and counterparts side by side, to be masked on both sides; they begin
+    where train.Corpus.pair_starts says. Returns tokens, languages and positions, (B, T) int64 each.
+    Positions start again with the counterpart, so that corresponding words can have the same."""
     tokens = np.concatenate([original, derived], axis=1)
     languages = np.concatenate([np.zeros_like(original), np.ones_like(derived)], axis=1)
     positions = np.tile(np.arange(original.shape[1]), (len(tokens), 2))
@@ -163,7 +163,7 @@ def weighted_alignment(model, dictionary):
     return model.settings.alpha * kernels.alignment_loss(model.word_embeddings.weight, dictionary)
 
 @dataclass(frozen=True)
-class Objective:  # a row of the table below; what it leaves out is as in MLM
+class Objective:  # a row of the table below, as a fifth one would be; what it omits is as in MLM
     label: str  # its name in reports
     language_embeddings: bool = False  # whether the model is told a token's language
     parallel: bool = False  # whether half of each batch is translation pairs
@@ -300,7 +300,7 @@ def alignment_score(model, dictionary):
 @torch.no_grad()
 def rotate(model, dictionary):
     """A copy in which the orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966) has
-    turned all derived words onto the original ones. They get the original's language embedding."""
+    turned all derived words onto the original ones. They then use its language embedding too."""
     model = copy.deepcopy(model)
     s, language = model.settings, model.language_embeddings.weight
     original, derived = words_of_both(model)

@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained model in one language, test it in both, and report.
 
     python eval.py pos runs/align         a task of one run: pos, ner or nli
-    python eval.py grid --out runs/tiny   every objective, transformation and seed, and the report
+    python eval.py grid --out runs/tiny   many runs side by side, and the report of them
     python eval.py report runs/tiny       tables, figures and results.json of finished runs
 
 The measures are the paper's, in percent:
@@ -116,12 +116,12 @@ class Ner(Task):
         return synth_lang.read_bio(path)
 
     def score(self, answers):
-        both = either = 0
+        both = total = 0
         for gold, said in answers:
             gold, said = entities(gold), entities(said)
             both += len(gold & said)
-            either += len(gold) + len(said)
-        return 200 * both / max(either, 1)
+            total += len(gold) + len(said)
+        return 200 * both / max(total, 1)
 
 def entities(tags):
     """The entities in BIO tags, well-formed or not: a set of (type, first word, last word + 1)."""
@@ -192,7 +192,7 @@ def read_examples(args):
     return examples
 
 def make_rows(task, examples, names, languages, s, derived):
-    """Rows in one language: their token ids and their labels, together (2, rows, T) int64.
+    """Rows in one language: [0] their token ids and [1] their labels, (2, rows, T) int64.
 
     names[label] is the name of a label."""
     derive = languages.derive if derived else lambda sentence, index: sentence
@@ -323,8 +323,8 @@ def read_cells(folder):
 def correlation(alignment, delta):
     """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
 
-    It is Pearson's r of the ranks. p is the share of pairings at random in which rho is as far from
-    zero, of all pairings up to 7 rows and of 5,040 beyond; the interval is Fisher's."""
+    It is Pearson's r of the ranks, for which SciPy has both a permutation test, p, over all
+    pairings up to 7 rows and 5,040 random ones beyond, and an interval, Fisher's."""
     # Rounding errors of BZ - BS are to break no tie.
     ranks = rankdata(alignment), rankdata(-np.round(delta, 6))
     method = PermutationMethod(n_resamples=5_040, rng=np.random.default_rng(0))
@@ -363,9 +363,9 @@ def draw_scores(name, cells, path):
     title = f"{TASKS[name].title}, %"
     scores = cells.melt(["transform", "objective"], ["BS", "BZ"], "score", title)
     # A bar is the mean over seeds, a line on it the standard deviation.
-    axes = {"x": "objective", "y": title, "hue": "score"}
-    grid = sns.catplot(scores, kind="bar", col="transform", errorbar="sd", **axes)
-    grid.map_dataframe(sns.stripplot, **axes, dodge=True, palette=["black", "black"])
+    columns = {"x": "objective", "y": title, "hue": "score"}
+    grid = sns.catplot(scores, kind="bar", col="transform", errorbar="sd", **columns)
+    grid.map_dataframe(sns.stripplot, **columns, dodge=True, palette=["black", "black"])
     grid.set_titles("{col_name}").set_xlabels("").savefig(path)
 
 def draw_training(folder, runs, path):

@@ -59,10 +59,10 @@ class Inference:
     label: str
 
 # ---------------------------------------------------------------------------------- the language
-# A phrase is drawn from options, such as "person noun*2 | he", where the first is drawn twice as
-# often. The first name of an option says what the top word of the phrase is, and every name brings
-# the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an option of
-# that is drawn in its turn. "PART:to" is a word and its tag.
+# A phrase is drawn from options, such as "person noun*2 | he", where the whole first one is drawn
+# twice as often. The first name of an option says what the top word of the phrase is, and every
+# name brings the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an
+# option of that is drawn in its turn. "PART:to" is a word and its tag.
 #
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
@@ -72,10 +72,9 @@ class Inference:
 #     adverbials  brings "hardly", just before the top word
 #     end         brings "." at the end
 #
-# A tag must not be guessable without its word, as in natural text, where the tags of both
-# neighbours tell half of the tags and the word itself tells nine in ten. So words have several
-# tags, and much may be left out or stand elsewhere. Still order tells: reversed, the sentences look
-# like no other.
+# A tag must not be guessable without its word. In natural text the tags of both neighbours predict
+# half of the tags, and the word itself predicts nine in ten. So words have several tags, and much
+# may be left out or stand elsewhere. Still order tells: reversed, the sentences look like no other.
 PHRASES = {
     "sentence": "finite aside end*9 | thing noun aside end",
     "finite": "verb subject tense adverbials*6 | adjective paired subject being adverbials",
@@ -90,7 +89,8 @@ PHRASES = {
 # What a name brings: the chance of a dependent, where it may stand, its relation and its options.
 # Its place is drawn from signs: `[` before the whole phrase so far, `<` just before the top word,
 # `>` just after it, `]` at the end. After a relation, `*` says that it may come several times, `^`
-# that the dependent takes its number from the head, and `~` that it is the rarer the deeper.
+# that the dependent takes its number from the head, and `~` that it is the rarer the deeper. Rows
+# are tried from the top, and so what sets a number stands before what takes it.
 DEPENDENTS = """
     affect      1     ]]]]][  obj           object
     give        0.3   >       iobj          person noun*2 | him
@@ -193,10 +193,11 @@ SYLLABLES = [
     "b ct d ft ld lk ll lm lp lt m mp n nd ng rb rd rk rl rm rn rp sk sp st",
     "ant el en er et il in om or ow",
 ]
-# Which form of its verb a word asks for: will look, is looking.
+# Forms are places in a word's list of them: -s, base, -ed and -ing of verbs; the two numbers of
+# nouns. This is which form of its verb a word asks for: will look, is looking.
 VERB_FORMS = {"modal": 1, "do": 1, "PART:to": 1, "have": 2, "be": 3}
 PAST = 2
-BY_NUMBER = -1  # she looks, they look; a look, two looks
+BY_NUMBER = -1  # 0 or 1, as it turns out: she looks, they look; a look, two looks
 
 @dataclass(eq=False)
 class Node:
@@ -272,16 +273,16 @@ def make_phrase(rng, topic, options, relation, head):
     top = make_word(rng, topic, names[0], relation, head)
     nodes = [top]
     # Each dependent is a phrase of its own, put at one of four places.
-    for name, chance, places, below, dependent in RULES:
+    for name, chance, places, relation_below, options_below in RULES:
         chance = float(chance) if name in names else 0
-        if "~" in below:
+        if "~" in relation_below:
             chance *= 0.6**top.depth
         while rng.random() < chance:
-            phrase = make_phrase(rng, topic, dependent, below, top)
+            phrase = make_phrase(rng, topic, options_below, relation_below, top)
             here = nodes.index(top)
             at = {"[": 0, "<": here, ">": here + 1, "]": len(nodes)}[rng.choice(places)]
             nodes[at:at] = phrase
-            if "*" not in below:
+            if "*" not in relation_below:
                 break
     # A name is one entity with what belongs to it, but not with what joins it to the rest.
     if top.upos == "PROPN":
@@ -463,7 +464,8 @@ def read_off(rows):  # Returns the words that hang from the root, in order. It u
     order, waiting = [], rows[-1]
     while waiting:
         word = waiting.pop()
-        # First a word stands for its whole phrase, which is read from its end, and then for itself.
+        # A word that is met first is replaced by its row, which has the word itself too. When it is
+        # met again its row is gone, and it is read off.
         if word in rows:
             waiting += rows.pop(word)
         else:
@@ -523,6 +525,8 @@ def syntax_order(sentence, order, **context):
         rows[head] = [next(moved) if word in items else word for word in rows[head]]
     return read_off(rows)
 
+# A fifth one that moves words is a row here and a function. Spelling is another matter: train.py
+# transliterates ids instead of words (`alignmlm.derive_ids`).
 TRANSFORMS = {
     "transliterate": Transformation(spell=transliterate_word, restore=restore_word),
     "invert": Transformation(inverted_order),
@@ -794,6 +798,7 @@ def read_inferences(path, language="en"):
 # in "Old=3:0:sings", so `restore` needs nothing beside the file: all columns of words come back.
 # Comments stay as they are, `# text` too, and DEPS keeps its old numbers. Multi-word tokens and
 # empty nodes do not come back: they are left out, as the words that they belong to may come apart.
+# LEMMA and other columns stay as they were, in the original spelling.
 # An entity tag stands in front, so that "_" becomes "Entity=B-PER|_|Old=3:0:sings".
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 

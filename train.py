@@ -7,7 +7,8 @@
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
 open. The same command again goes on from the checkpoint, with the same bits on a CPU: all that is
-random in a step is a function of the seed and the step, so that no generator has to be saved.
+random in a step is a function of the seed and the step (dropout also of the process), so that no
+generator has to be saved.
 """
 
 import functools
@@ -72,8 +73,9 @@ class Source:
         return digest.hexdigest()[:16]
 
 def learn_subwords(source, s, folder):
-    """Write folder/tokenizer.model, SentencePiece's unigram model of the original language. It runs
-    in a process of its own, since SentencePiece would not let Python see a Ctrl-C."""
+    """Write folder/tokenizer.model, SentencePiece's unigram model of the original language. Raises
+    InputError, which names a --vocab-size that works, if the text has more characters than there
+    are ids. It runs in a process of its own, as SentencePiece would not let Python see a Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # This process just ends, without a word.
     sentences = tqdm(source.read(), "sentences to learn sub-words from")
     try:
@@ -91,8 +93,8 @@ def learn_subwords(source, s, folder):
     except RuntimeError as error:
         for _ in source.read():
             pass  # If it was the text that could not be read, this says so better.
-        # Whether this text needs more ids or fewer, the message ends with how many. It is twice as
-        # many if each language has ids of its own.
+        # Whether this text needs more ids or fewer, the message ends with how many one language can
+        # have. With T_trans two languages need twice as many.
         size = int(re.findall(r"\d+", str(error))[-1]) * s.vocab_size // s.language_size
         raise InputError(f"this text needs --vocab-size {size}") from None
 
@@ -135,10 +137,10 @@ class Corpus:
 
     @functools.lru_cache(2)  # noqa: B019  (There are short rows and long ones.)
     def pair_starts(self, size):
-        """The places where pairs of texts of `size` ids may begin: the starts of sentences from
-        which such a text ends with a sentence, or has at most two ids of one that goes on (or, if
-        there are none, as few as possible). A sentence that is cut off may lack its counterpart,
-        because under T_inv its first words correspond to its last."""
+        """The places where pairs of texts of `size` ids may begin: starts of sentences whose next
+        `size` ids end with a sentence, or with at most two ids of another one. If there are no such
+        places, it is those with the fewest ids of another one. A sentence that is cut off may lack
+        its counterpart, because under T_inv its first words correspond to its last."""
         ends = np.append(0, np.flatnonzero(self.derived == EOS) + 1)  # (sentences + 1,)
         starts = ends[ends + size <= len(self.derived)]  # A sentence starts where one ends.
         # The last end that is not beyond the text, and how many ids of the text are after it.
@@ -162,8 +164,8 @@ def tokenise(source, languages, s):
 
 def prepare(source, s, root):
     """The folder of a text's sub-words and ids under a transformation, made on first use. It
-    appears in `root` whole or not at all. Raises InputError, also if the text is too short, and so
-    the folder is one for rows of this length."""
+    appears in `root` whole or not at all. Raises InputError. Its name has the length of rows, as
+    a text may be too short for it."""
     folder = root / f"data-{source.content_hash()}-{s.transform}-{s.vocab_size}-{s.positions}"
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -298,7 +300,7 @@ def load_checkpoint(path, model, optimizers):
 
 def pretrain(corpus, s, folder, args):
     """Train from the folder's checkpoint, if it has one, to the last step; returns the model.
-    Raises ValueError when the loss is no longer finite."""
+    Raises ValueError for a batch that processes cannot share, or a loss that is not finite."""
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(args.device).train()
     optimizers = make_optimizers(model, s, s.rate)
@@ -335,6 +337,7 @@ def pretrain(corpus, s, folder, args):
             bar.set_postfix(line)
             lines.append(json.dumps(line))
             write_file(log, "\n".join([*lines, ""]).encode())
+        # A process that is killed while it writes leaves the checkpoint of before.
         if save_now and RANK == 0:
             tensors = {**all_state(model, optimizers), "done": torch.tensor(done)}
             write_file(checkpoint, save({name: tensor.cpu() for name, tensor in tensors.items()}))

@@ -1,7 +1,8 @@
 """The two losses that touch the whole vocabulary, and where their Triton kernels run.
 
 As equations they stand in alignmlm.py; here the same numbers are computed with less time and
-memory. alignment.py is the easy kernel, to be read first; masked_softmax.py is the other one.
+memory: by the kernels where `fused` says so, elsewhere, as on a CPU, by masked_lm_plain and
+alignment_plain. alignment.py is the easy kernel, to be read first; masked_softmax.py is the other.
 """
 
 import torch
@@ -20,8 +21,8 @@ def fused(weight):
     # Triton launches on the current device.
     if weight.device.index != torch.cuda.current_device():
         return False
-    # From Hopper on, a copy engine (TMA) fetches the tiles. Three of each operand are under way at
-    # once, for which the shared memory of a GeForce RTX 50 card, for one, is too small.
+    # From Hopper on, a copy engine (TMA) fetches the tiles of masked_lm. Three tiles of each matrix
+    # are in shared memory at once, for which that of a GeForce RTX 50 card is too small.
     device = torch.cuda.get_device_properties(weight.device)
     enough = device.shared_memory_per_block_optin >= masked_softmax.SHARED_MEMORY
     return device.major >= 9 and enough
@@ -58,7 +59,7 @@ def alignment_loss(weight, pairs):
     _check_matrix("weight", weight)
     _check("pairs", pairs, (len(pairs), 2), torch.int64, weight.device)
     # The kernel writes each row's gradient once: hence one-to-one. A pair outside of the matrix
-    # makes the loss NaN.
+    # makes its loss NaN.
     if fused(weight):
         return alignment.made_in_forward(alignment.alignment, weight, pairs)
     return alignment.alignment_plain(weight, pairs)

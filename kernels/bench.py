@@ -5,8 +5,8 @@
 A shape of mlm is N x D x V: rows, all with a label, width, vocabulary; of align K x D x V, K pairs;
 step is a training step of this project and of transformers. GPUs compute in bf16, but the alignment
 in fp32; CPUs in fp32. Contestants take turns, so that a busy machine is busy for all. Extra memory
-is the most that forward and backward allocate. The error, which floors do not have, is the largest
-relative one of the loss and the gradients against float64.
+is the most that forward and backward allocate. The error is the largest relative one of the loss
+and the gradients against float64; the floors, which are bare products or copies, have none.
 """
 
 import argparse

@@ -116,8 +116,9 @@ def weight_grad_kernel(p, scaled, scales, dweight, dbias, N, V, D: constexpr, BL
                        COLUMNS: constexpr = COLUMNS):  # fmt: skip
     """Tiles of dweight (V, D) += p^T (scale * hidden) and of dbias (V,) += p^T scale, in fp32.
 
-    The descriptors p (N, V), scaled (N, D + 16) and scales, its last 16 columns, all equal to
-    scale, are of one chunk of rows; the FIRST chunk writes over what is in dweight and dbias.
+    The descriptors p (N, V), scaled (N, D + 16) and scales, which is `scaled` once more in tiles of
+    16 columns, are of one chunk of rows. The last 16 columns of scaled are all equal to scale. The
+    FIRST chunk writes over what is in dweight and dbias.
     """
     d = tl.program_id(0) % (D // BLOCK_D) * BLOCK_D  # fastest: neighbours share tiles of p
     v0 = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
@@ -202,9 +203,9 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     # Nothing may refer to p's memory any longer when dweight is copied to its own type.
     del p, buffer, exponentials
     if with_grad:
-        # The label's entry is as large as all others together. Rounded to the 8 bits of bf16 it
-        # keeps its row from summing to 0, and while rows are alike, as when training begins, all
-        # err to one side. So what the rounding lost is added where the entry went.
+        # The label's entry is as large as all others of its row together, and bf16 rounds it to 8
+        # bits. While rows are alike, as when training begins, all of them err to one side. So what
+        # the rounding lost is added to the three gradients at the label.
         dhidden.addcmul_(lost[:, None], label_rows)
         dweight.index_put_((labels,), lost[:, None] * hidden, accumulate=True)
         dbias.index_put_((labels,), lost, accumulate=True)
