@@ -168,13 +168,6 @@ def test_translations_are_asked_for_only_of_words_in_the_dictionary(seed, share)
     expected = replace(before, labels=batch.labels, languages=languages)
     np.testing.assert_equal(vars(batch), vars(expected))
 
-def test_half_of_the_known_words_are_asked_for_in_translation():
-    word = np.full((100, 100), 9)
-    place = np.tile(np.arange(100), (100, 1))
-    batch = Batch(word, place, word, np.zeros_like(word), place)
-    batch = alignmlm.ask_translations(batch, np.array([[9, 69]]), tiny(), np.random.default_rng(0))
-    assert near((batch.labels == 69).sum(), 10_000, 0.5)
-
 # ------------------------------------------------------------------------ encoder and losses
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_encoder_knows_order_by_positions_and_a_language_where_the_objective_tells(objective):
