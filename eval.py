@@ -67,6 +67,7 @@ transliterate        ALIGN-MLM      75.1   75.5         79.4   78.6         94.9
 transliterate+invert ALIGN-MLM      75.5   68.8         80.0   64.5         95.0   92.0      95.2
 transliterate+syntax ALIGN-MLM      74.7   71.1         71.3   58.3         93.7   92.9      98.2
 """
+# A report joins them to its rows by these two names.
 PUBLISHED = pd.read_csv(StringIO(PUBLISHED), sep=r"\s+", index_col=["transform", "objective"])
 
 # --------------------------------------------------------------------------------------- tasks
@@ -94,12 +95,14 @@ class Task:
         derive gives a sentence in the language of the row; encode gives the ids of a word."""
         sentence = derive(example, index)
         yield [BOS], None
+        # As in BERT a word has its label at its first sub-word, and the others are not asked.
         for word, label in zip(sentence.words, self.labels_of(sentence), strict=True):
             yield encode(word), label
         yield [EOS], None
 
     def score(self, answers):
         """In percent. answers: of each row the right labels and those said, arrays of names."""
+        # Accuracy is over all words of all rows, so that long rows count more.
         right = asked = 0
         for gold, said in answers:
             right += sum(gold == said)
@@ -116,6 +119,7 @@ class Ner(Task):
         return synth_lang.read_bio(path)
 
     def score(self, answers):
+        # F1 is 2 |both| / (|gold| + |said|), over the entities of all rows.
         both = total = 0
         for gold, said in answers:
             gold, said = entities(gold), entities(said)
@@ -152,6 +156,7 @@ class Nli(Task):
 
     def row(self, example, index, derive, encode):
         yield [BOS], example.label
+        # Each of the two is derived by itself: under T_inv the premise still comes first.
         for sentence in (example.premise, example.hypothesis):
             for word in derive(sentence, index).words:
                 yield encode(word), None
@@ -165,6 +170,7 @@ def words_alone(learn, test):
         words = set(pair.hypothesis.words)
         return words | {f"lacking {word}" for word in words - set(pair.premise.words)}
 
+    # A piece of evidence that no pair to learn from had is left out of a test pair.
     bayes = make_pipeline(CountVectorizer(analyzer=evidence), MultinomialNB())
     bayes.fit(learn, [pair.label for pair in learn])
     return 100 * bayes.score(test, [pair.label for pair in test])
@@ -195,6 +201,7 @@ def make_rows(task, examples, names, languages, s, derived):
     """Rows in one language: [0] their token ids and [1] their labels, (2, rows, T) int64.
 
     names[label] is the name of a label."""
+    # The words are derived before they are cut into sub-words, and T_trans acts on the ids below.
     derive = languages.derive if derived else lambda sentence, index: sentence
     longest = min(s.tune_length, s.positions)
     rows = np.full((2, len(examples), longest), [[[PAD]], [[SILENT]]])
@@ -217,6 +224,7 @@ def make_rows(task, examples, names, languages, s, derived):
 # ---------------------------------------------------------------------------------- fine-tuning
 def predict(tagger, tokens, language):
     """tokens (B, T) int64, padded -> logits (B, T, labels)."""
+    # Nothing looks at padding, and so a row's logits do not depend on the rows beside it.
     seen = (tokens != PAD)[:, None, None, :]
     hidden = tagger.encode(tokens, torch.full_like(tokens, language), attention_mask=seen)
     return tagger.classifier(hidden)
@@ -236,6 +244,7 @@ def batches(rows):
 def fine_tune(model, rows, labels, language, epochs):
     """A tagger trained on rows of a language: a copy of the model with a classifier of labels."""
     s = model.settings
+    # The seed decides the classifier, the order of the rows and dropout.
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
@@ -257,6 +266,7 @@ def fine_tune(model, rows, labels, language, epochs):
 @torch.no_grad()
 def measure(tagger, task, rows, names, language):
     """The task's score, in percent, on rows of a language."""
+    # Names are compared, and not numbers, as F1 needs the names of BIO tags.
     names, answers = np.array(names), []
     for tokens, labels in batches(rows):
         found = predict(tagger, tokens, language).argmax(2).numpy(force=True)
@@ -281,21 +291,27 @@ def evaluate(folder, name, examples, device):
     if unknown:
         text = ", ".join(sorted(unknown))
         print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
-    names = [*sorted(known), *sorted(unknown)]  # A tagger says only those that are known.
+    # What only the test has gets a name, but no logit.
+    names = [*sorted(known), *sorted(unknown)]
     original = make_rows(task, learn + test, names, languages, s, derived=False).to(device)
     derived = make_rows(task, learn + test, names, languages, s, derived=True).to(device)
-    # The rows of the examples to learn from come first.
+    # The rows of the examples to learn from come first, n of them.
     n, epochs = len(learn), math.ceil(task.epoch_share * s.tune_epochs)
+    # One tagger serves source, BZ and BZ rotated; the other one is for BS alone.
     zero_shot = fine_tune(model, original[:, :n], len(known), 0, epochs)
     supervised = fine_tune(model, derived[:, :n], len(known), 1, epochs)
 
+    # The last argument tells the language, of which only some objectives have embeddings.
     cell = {"task": name, **asdict(s)}
     cell["source"] = measure(zero_shot, task, original[:, n:], names, 0)
     cell["BS"] = measure(supervised, task, derived[:, n:], names, 1)
     cell["BZ"] = measure(zero_shot, task, derived[:, n:], names, 1)
     cell["Delta"] = cell["BZ"] - cell["BS"]
+    # Fine-tuning may have moved embeddings, and so the rotation is fitted on the tagger's. Turned
+    # words count as words of the original language, 0.
     dictionary = make_dictionary(s)
     cell["BZ rotated"] = measure(rotate(zero_shot, dictionary), task, derived[:, n:], names, 0)
+    # Alignment is that of the pre-trained model, before fine-tuning.
     for suffix, scored in (("", model), (" rotated", rotate(model, dictionary))):
         for words, share in alignment_score(scored, dictionary).items():
             cell[f"alignment {words}{suffix}"] = share
@@ -313,10 +329,12 @@ def read_cells(folder):
     """What all finished runs in a folder have scored, a row a run and task, as reports say it."""
     cells = []
     for path in sorted(folder.glob("*/*.json")):
+        # A run's settings.json is no score.
         if path.stem in TASKS:
             cells.append({"run": path.parent.name, **json.loads(path.read_text())})
     if not cells:
         raise ValueError(f"{folder}: no run here has a score: first eval.py pos RUN")
+    # The paper's order of objectives is that of the table.
     cells.sort(key=lambda cell: (cell["transform"], list(OBJECTIVES).index(cell["objective"])))
     return cells
 
@@ -344,8 +362,10 @@ def markdown(name, cells):
     # Without words outside of D there is no alignment of them.
     table = groups[[column for column in COLUMNS if column in cells]].agg(spread)
     table.insert(0, "seeds", groups.size())
+    # Of the published columns those of this task, called by what they are: nli_BS becomes BS.
     paper = PUBLISHED.filter(regex=f"{name}|alignment")
     paper.columns = [f"paper: {column.split('_')[-1]}" for column in paper]
+    # A transformation or an objective that the paper does not have gets dashes.
     table = table.reset_index().join(paper, on=["transform", "objective"])
     lines = [f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:", ""]
     lines += [table.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True), ""]
@@ -361,6 +381,7 @@ def markdown(name, cells):
 def draw_scores(name, cells, path):
     """BS and BZ of every objective, a panel a transformation; a dot is a seed."""
     title = f"{TASKS[name].title}, %"
+    # A row for each BS and each BZ, as seaborn wants it.
     scores = cells.melt(["transform", "objective"], ["BS", "BZ"], "score", title)
     # A bar is the mean over seeds, a line on it the standard deviation.
     columns = {"x": "objective", "y": title, "hue": "score"}
@@ -377,6 +398,7 @@ def draw_training(folder, runs, path):
             log = pd.read_json(log_path, lines=True)
             logs.append(log.assign(transform=run.transform, objective=run.objective))
     lines = {"x": "step", "y": "outside", "hue": "objective", "col": "transform"}
+    # Without words outside of D the log has no such column; reindex makes an empty one.
     if logs:
         logs = pd.concat(logs).reindex(columns=lines.values())
         grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
@@ -388,6 +410,7 @@ def draw_words(folder, runs, path, count=30):
     first = runs.drop_duplicates("objective")
     models = {run.objective: read_run(folder / run.run)[0] for run in first.itertuples()}
     s = models[first["objective"].iloc[0]].settings
+    # Before its first step a run's model is what its seed makes of its settings.
     torch.manual_seed(s.seed)
     models = {"before pre-training": MaskedLM(s), **models}
     figure = Figure((4 * len(models), 4), layout="constrained")
@@ -396,6 +419,7 @@ def draw_words(folder, runs, path, count=30):
         words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
         x, y = PCA(2).fit_transform(words).T.reshape(2, 2, count)  # (2 languages, words) each
         axis = figure.add_subplot(1, len(models), number, title=title)
+        # A column is a pair, and so this draws a line for each.
         axis.plot(x, y, color="0.8")
         axis.plot(x[0], y[0], "o", label="original")
         axis.plot(x[1], y[1], "x", label="derived")
@@ -417,6 +441,7 @@ def report(folder, out):
     for name, same in cells.groupby("task", sort=False):
         text += markdown(name, same)
         draw_scores(name, same, out / f"{name}.png")
+    # A run stands in as many rows as it has tasks.
     runs = cells.drop_duplicates("run")
     draw_training(folder, runs, out / "training.png")
     draw_words(folder, runs, out / "words.png")
@@ -452,6 +477,7 @@ def run_cell(folder, s, source, examples, args):
 
 def grid(variants, args):
     """Run every cell that is not finished, and report."""
+    # A bad file is refused here, before hours of training.
     examples = read_examples(args)
     jobs = []
     for suffix, transform, objective, seed in product(
@@ -466,11 +492,14 @@ def grid(variants, args):
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough
     # joblib shares the cores out: two jobs on two cores have one thread each.
     where = {"backend": "loky", "n_jobs": args.jobs}
+    # joblib has a backend for Dask, which needs the package `distributed`.
     if args.scheduler:
         where = {"backend": "dask", "scheduler_host": args.scheduler}
     with joblib.parallel_config(**where):
+        # Results come as they are finished, so that the bar moves.
         done = joblib.Parallel(return_as="generator_unordered")(jobs)
         failures = list(filter(None, tqdm(done, "cells", len(jobs))))
+    # What is finished is reported, even if something failed.
     if len(failures) < len(jobs):
         report(args.out, args.out)
     if failures:
@@ -480,6 +509,7 @@ def grid(variants, args):
 def main():
     parser = synth_lang.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    # The options of a task's files, which the tasks and the grid share.
     files = synth_lang.Parser(add_help=False)
     option = files.add_argument
     option("--train", nargs="+", default=[], help="examples to learn from, a file a task")
@@ -504,6 +534,7 @@ def main():
     option("--vary", nargs="+", help="an ablation: a setting and its values")
     option("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     option("--scheduler", help="address of a Dask cluster whose workers have one thread each")
+    # A grid has several of these, and so they have options of their own.
     train.add_options(every, left_out=GRID_SETTINGS)
     args = parser.parse_args()
     if args.command == "grid":

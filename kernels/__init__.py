@@ -35,6 +35,7 @@ def masked_lm_loss(hidden, weight, bias, labels):
     an fp32 scalar (float64 for float64), to be differentiated once. Raises ValueError for shapes,
     types and devices that do not fit.
     """
+    # Autocast does not know operators of our own.
     device = weight.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -64,6 +65,7 @@ def alignment_loss(weight, pairs):
         return alignment.made_in_forward(alignment.alignment, weight, pairs)
     return alignment.alignment_plain(weight, pairs)
 
+# A kernel that is given the wrong shape or type would read memory that is not its own.
 def _check_matrix(name, tensor):
     if tensor.dim() != 2 or not tensor.is_floating_point():
         found = (tuple(tensor.shape), tensor.dtype)

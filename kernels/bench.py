@@ -66,6 +66,7 @@ PEERS = {
     "quack": partial(without_bias, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
 }  # fmt: skip
 
+# Forward and backward are timed together, as a training step has both.
 def differentiate(loss, tensors, index):
     """The loss and the gradients of tensors, None for one that is not used."""
     value = loss(*tensors, index)
@@ -79,6 +80,7 @@ def three_products(hidden, weight, logits):
 
 def masked_lm_contest(N, D, V):
     """Contestants, name -> call, and the loss and gradients in float64."""
+    # The logits of random rows have a deviation of about 1.
     dtype = torch.bfloat16 if CUDA else torch.float32
     hidden, weight = torch.randn(N, D), torch.randn(V, D) / D**0.5
     tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight, torch.zeros(V))]
@@ -87,6 +89,7 @@ def masked_lm_contest(N, D, V):
     for name, make in PEERS.items():
         try:
             calls[name] = partial(differentiate, make(), tensors, labels)
+        # Some peers are not installed, and some cannot be imported without a GPU.
         except (ImportError, AttributeError, RuntimeError) as error:
             print(f"| | {name} | skipped: {error} | | | | |")
     hidden, weight, _ = (tensor.detach() for tensor in tensors)
@@ -94,6 +97,7 @@ def masked_lm_contest(N, D, V):
     return calls, differentiate(eager, [tensor.double() for tensor in tensors], labels)
 
 def alignment_contest(K, D, V):
+    # Each row is in one pair at most, as in the dictionary.
     weight, pairs = torch.randn(V, D).requires_grad_(), torch.randperm(V)[: 2 * K].view(K, 2)
     peers = {"ours": alignment_loss, "eager": alignment_equation}
     peers["compiled"] = torch.compile(alignment_equation, dynamic=False)
@@ -115,6 +119,7 @@ def step_contest():
     masked = alignmlm.mask_tokens(tokens, s, rng)
     batch = alignmlm.Batch(*masked, zeros, zeros + np.arange(s.positions))
     batch = batch.to(torch.get_default_device())
+    # transformers ignores what has the label -100, but only after its vocabulary projection.
     targets = torch.full_like(batch.tokens, -100).scatter_(1, batch.masked, batch.labels)
     ours = alignmlm.MaskedLM(s)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,6 +148,7 @@ def peak_memory(call):
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # A CPU has no such counter, and so its allocations are added up.
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()
@@ -165,6 +171,7 @@ def measure(shape, chosen, repeats, deadline):
             rows[name] = peak_memory(calls[name]), max(errors), []
         except Exception as failure:  # It may not be made for this device or this shape.
             print(f"| {shape} | {name} | failed: {str(failure)[:80]} | | | | |")
+    # In turns: one call of each, and again.
     for _ in range(repeats):
         for name, (_, _, turns) in rows.items():
             start = time.perf_counter()
@@ -174,6 +181,7 @@ def measure(shape, chosen, repeats, deadline):
             turns.append(1e3 * (time.perf_counter() - start))
         if time.monotonic() > deadline:
             break
+    # The median is less moved by other work than the mean.
     for name, (mib, error, turns) in rows.items():
         ms = " | ".join(f"{f(turns):,.2f}" for f in (min, np.median, max))
         print(f"| {shape} | {name} | {ms} | {mib:,.0f} | {error:.0e} |", flush=True)
