@@ -449,21 +449,18 @@ def report(folder, out):
     print(text)
 
 # ---------------------------------------------------------------------------------------- grid
-def read_variants(parser, args):
-    """The options of each variant of an ablation, by what it adds to a folder's name.
+def read_variants(vary):
+    """The changes of settings of each variant of an ablation, by what they add to a folder's name.
 
-    `--vary alpha 1 10` is the same command twice, once with --alpha 1 and once with --alpha 10."""
-    if not args.vary:
-        return {"": args}
-    setting, *values = args.vary
+    vary: a setting and its values, as texts; without any there is one variant, with no change."""
+    if not vary:
+        return {"": {}}
+    setting, *values = vary
     if setting not in Settings.__dataclass_fields__ or setting in GRID_SETTINGS or not values:
         refused = ", ".join(GRID_SETTINGS)
         raise ValueError(f"--vary: give a setting other than {refused}, and its values")
-    variants = {}
-    for value in values:
-        option = f"--{setting.replace('_', '-')}={value}"
-        variants[f"-{setting}={value}"] = parser.parse_args([*sys.argv[1:], option])
-    return variants
+    read = train.reader_of(setting)
+    return {f"-{setting}={value}": {setting: read(value)} for value in values}
 
 def run_cell(folder, s, source, examples, args):
     """Train a run and evaluate it on every task, as far as it is not done; returns what failed."""
@@ -475,8 +472,9 @@ def run_cell(folder, s, source, examples, args):
     except Exception as error:  # The other cells are to go on.
         return f"{folder}: {error}"
 
-def grid(variants, args):
+def grid(args):
     """Run every cell that is not finished, and report."""
+    variants = read_variants(args.vary)
     # A bad file is refused here, before hours of training.
     examples = read_examples(args)
     jobs = []
@@ -484,7 +482,7 @@ def grid(variants, args):
         variants, args.transforms, args.objectives, range(args.seeds)
     ):
         changes = {"transform": transform, "objective": objective, "seed": seed}
-        s, source = train.read_options(variants[suffix], **changes)
+        s, source = train.read_options(args, **changes, **variants[suffix])
         folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
         if not train.is_finished(folder):  # The text of finished runs may be gone.
             train.prepare(source, s, args.out)  # once, before processes would do it side by side
@@ -538,7 +536,7 @@ def main():
     train.add_options(every, left_out=GRID_SETTINGS)
     args = parser.parse_args()
     if args.command == "grid":
-        grid(read_variants(parser, args), args)
+        grid(args)
     elif args.command == "report":
         report(args.folder, args.results or args.folder)
     else:

@@ -405,10 +405,14 @@ def add_options(parser, left_out=()):
     # The comments beside the settings in alignmlm.py say what they mean.
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
         values = ", ".join(f"{key} {getattr(s, name)}" for key, s in PRESETS.items())
-        kind = type(getattr(Settings, name))
         if name not in left_out:
-            add(f"--{name.replace('_', '-')}", help=f"{meaning} ({values})",
-                type=json.loads if kind is bool else kind)  # "true" and "false" can be given.
+            option = f"--{name.replace('_', '-')}"
+            add(option, type=reader_of(name), help=f"{meaning} ({values})")
+
+def reader_of(setting):
+    """What makes a setting's value of a text: int, float, str, or for "true" and "false" JSON."""
+    kind = type(getattr(Settings, setting))
+    return json.loads if kind is bool else kind
 
 def read_options(args, **changes):
     """The Settings that the options give, with these changes, and the Source."""
