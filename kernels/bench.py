@@ -35,11 +35,11 @@ if CUDA:
 def eager(hidden, weight, bias, labels):
     return F.cross_entropy(F.linear(hidden, weight, bias), labels)
 
-def chunked(rows=None):
+def chunked(rows=None):  # PyTorch's own, which makes the logits of so many rows at a time
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return lambda h, w, b, y: F.linear_cross_entropy(h, w, y, linear_bias=b, options=options)
 
-def liger(**options):
+def liger(**options):  # This is LinkedIn's Liger Kernel.
     liger = importlib.import_module("liger_kernel.transformers.functional")
     return lambda h, w, b, y: liger.liger_fused_linear_cross_entropy(h, w, y, b, **options)
 
@@ -51,16 +51,16 @@ def without_bias(module, name, **options):
 # Each makes a loss of hidden, weight, bias and labels, or fails where it is not installed.
 PEERS = {
     "ours": lambda: masked_lm_loss,
-    "eager": lambda: eager,
+    "eager": lambda: eager,  # what everyone has: all logits at once
     "compiled": partial(torch.compile, eager, dynamic=False),
     "compiled, chunker": partial(
         torch.compile, eager, dynamic=False, options={"auto_chunker.enable": True}),
-    "F.lce auto": chunked,
+    "F.lce auto": chunked,  # It chooses the rows itself.
     "F.lce 4096": partial(chunked, 4096),
     "liger": liger,
     # Its chunks have N D / V rows, times a constant.
     "liger fp32 x64": partial(liger, accum_dtype=torch.float32, chunk_mem_const=64),
-    # By default CCE leaves out small gradients.
+    # By default Apple's cut cross entropy leaves out small gradients.
     "cce exact": partial(
         without_bias, "cut_cross_entropy", "linear_cross_entropy", filter_eps=None),
     "quack": partial(without_bias, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
@@ -93,6 +93,7 @@ def masked_lm_contest(N, D, V):
         except (ImportError, AttributeError, RuntimeError) as error:
             print(f"| | {name} | skipped: {error} | | | | |")
     hidden, weight, _ = (tensor.detach() for tensor in tensors)
+    # The last argument is memory for the logits, which is not to be allocated in every turn.
     calls["three products"] = partial(three_products, hidden, weight, hidden @ weight.T)
     return calls, differentiate(eager, [tensor.double() for tensor in tensors], labels)
 
@@ -128,14 +129,14 @@ def step_contest():
 
     def step(optimizer, loss):
         with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
-            value = loss()[0]
+            value = loss()[0]  # The first result of either model is its loss.
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
         return [value.detach()]
 
     truth = ours.double()(batch)[0].detach()
-    ours.float()
+    ours.float()  # The weights came from float32, and so they are as they were.
     calls = {"ours": partial(step, AdamW(ours.parameters()), lambda: ours(batch))}
     adamw = AdamW(theirs.parameters())
     calls["transformers"] = partial(step, adamw, lambda: theirs(batch.tokens, labels=targets))
@@ -151,22 +152,23 @@ def peak_memory(call):
     # A CPU has no such counter, and so its allocations are added up.
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
+    # Every allocation and every release is an event, the latter with a negative number of bytes.
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate((size for _, size in changes), initial=0)) / 2**20
 
-def measure(shape, chosen, repeats, deadline):
+def measure(shape, chosen, repeats):
     """Print the rows of the table for one shape, a contestant each."""
     kind, *sizes = shape.replace("x", ":").split(":")
     contests = {"mlm": masked_lm_contest, "align": alignment_contest, "step": step_contest}
     calls, truth = contests[kind](*map(int, sizes))
-    rows = {}
+    rows = {}  # name: memory, error, and the milliseconds of each turn
     for name in chosen or calls:
         try:
             # The first call compiles, and its results are checked.
             errors = [0.0]
             for value, exact in zip(calls[name](), truth, strict=False):
-                if value is not None:
+                if value is not None:  # Some peers here leave out the bias.
                     errors.append(float((value.double() - exact).norm() / exact.norm()))
             rows[name] = peak_memory(calls[name]), max(errors), []
         except Exception as failure:  # It may not be made for this device or this shape.
@@ -176,11 +178,9 @@ def measure(shape, chosen, repeats, deadline):
         for name, (_, _, turns) in rows.items():
             start = time.perf_counter()
             calls[name]()
-            if CUDA:
+            if CUDA:  # The call has only queued its kernels.
                 torch.cuda.synchronize()
             turns.append(1e3 * (time.perf_counter() - start))
-        if time.monotonic() > deadline:
-            break
     # The median is less moved by other work than the mean.
     for name, (mib, error, turns) in rows.items():
         ms = " | ".join(f"{f(turns):,.2f}" for f in (min, np.median, max))
@@ -188,10 +188,11 @@ def measure(shape, chosen, repeats, deadline):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SIZES.split())
-    parser.add_argument("--peers", nargs="+")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--repeats", type=int, default=9)
+    option = parser.add_argument
+    option("--shapes", nargs="+", default=SIZES.split(), help="mlm:NxDxV align:KxDxV step")
+    option("--peers", nargs="+", help="contestants by their names in the table (all)")
+    option("--minutes", type=float, default=10.0, help="after which no shape is begun")
+    option("--repeats", type=int, default=9, help="turns of each contestant")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     torch.set_default_device("cuda" if CUDA else "cpu")
@@ -201,7 +202,7 @@ def main():
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for shape in options.shapes:
         if time.monotonic() < deadline:
-            measure(shape, options.peers, options.repeats, deadline)
+            measure(shape, options.peers, options.repeats)
 
 if __name__ == "__main__":
     main()
