@@ -8,8 +8,6 @@ Plain PyTorch passes over (K, D) matrices for each factor, 30 K D values in all.
 programs reads the two rows of its pair, 2 D values, and writes both gradients.
 """
 
-from __future__ import annotations  # Triton, which the annotations name, may be missing.
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,22 +1,27 @@
-"""The masked-language-model loss over a large vocabulary: three products, and p a chunk at a time.
+"""The masked-language-model loss over a large vocabulary, without an N x V matrix in memory.
 
-With hidden (N, D), weight (V, D), bias (V,) and labels (N, 1), this is the trick:
+Three products are needed: the logits hidden @ weight.T, and those of the gradients dhidden and
+dweight. In between stands p, the exponentials of the logits, kept for one chunk of rows at a time.
+With hidden (N, D), weight (V, D), bias (V,) and labels (N,), this is the trick:
 
+    label_logits = (hidden * weight[labels]).sum(1) + bias[labels]  # (N,)
     p = torch.exp(hidden @ weight.T + bias)  # (N, V): no maximum is subtracted
-    target = p.gather(1, labels)  # (N, 1)
-    others = p.scatter_(1, labels, 0.0).sum(1, keepdim=True)  # (N, 1)
-    loss = torch.log((others + target) / target).mean()
-    scale = 1 / (N * (others + target))
-    p.scatter_(1, labels, -others)  # now scale * p is the gradient of the logits
+    p[range(N), labels] = 0
+    others = p.sum(1)  # (N,): what all words but the label have
+    total = others + label_logits.exp()
+    loss = (total.log() - label_logits).mean()
+    scale = 1 / (N * total)
+    p[range(N), labels] = -others  # now scale * p is the gradient of the logits
 
 A row's factor moves out of a product, and so p itself is never normalised:
 
-    dhidden, dweight, dbias = scale * (p @ weight), p.T @ (scale * hidden), p.T @ scale
+    dhidden = scale[:, None] * (p @ weight)
+    dweight, dbias = p.T @ (scale[:, None] * hidden), p.T @ scale
 
 A softmax subtracts each row's maximum, which is known only with the row's last logit, and so passes
-over the logits twice. Here exp_kernel takes the exponentials as the logits leave their product, for
-a chunk of rows, and p is dropped when its chunk has been through the other two products. Every
-number is summed by one program in one order, and so has the same bits on every run.
+over the logits twice. Without a maximum once is enough: exp_kernel takes the exponentials as the
+logits leave their product, and p is dropped when its chunk has been through the other two products.
+Every number is summed by one program in one order, and so has the same bits on every run.
 
 What it saves. Eager PyTorch holds the logits, their log-softmax and its gradient: 6 N V bytes in
 bf16, 4.7 GB at the paper's N = 9,856, V = 80,000. Here p takes 0.5 GB, whatever N is, and the sum
@@ -24,16 +29,14 @@ of the chunks' dweight in fp32 4 V D bytes, 0.16 GB at D = 512.
 
 Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88. Most rows have their largest logit within 60 of 0,
 and need nothing. Upwards: e^60, summed over 2^20 words (e^14) and times values up to a million
-(e^14), stays below e^88. Downwards: where the largest exponential of a row is e^-60, whatever
-underflows is less than e^-27 of it, and rounding would lose it anyway. All other rows are repaired:
-exp_kernel runs again and subtracts the row's maximum; it skips blocks of rows without any of these.
+(e^14), stays below e^88. Downwards: where the largest exponential of a row is e^-60, a word that
+underflows is less than e^-27 of it, and 2^20 of them are less than 2e-6. All other rows are
+repaired: exp_kernel runs again, for blocks with such a row, and subtracts the row's maximum.
 
-What came before: gradients made in the forward, by chunks of rows (Liger Kernel, arXiv 2410.10989);
-no logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials in
-bf16 that are not normalised, as here, but without a bias (quack-kernels 0.6.5, "scaled-exp").
+What came before: gradients made in the forward, by chunks (Liger Kernel, arXiv 2410.10989); no
+logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials that are
+not normalised, as here, but without a bias (quack-kernels).
 """
-
-from __future__ import annotations  # Triton, which the annotations name, may be missing.
 
 import math
 from functools import partial
@@ -72,9 +75,9 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D:
     hidden (N, D), weight (V, D) and p are descriptors; bias (V,), labels (N,), reference (N,). Also
     the maxima of the logits and the sums of p, row by row of each tile: peaks, sums (V tiles, N).
     """
-    # As many programs as there are multiprocessors take tile after tile: one tile's loads are under
-    # way while the exponentials of the one before are taken. Blocks of rows go fastest, so that a
-    # tile of weight is read once, while all of hidden stays in the L2 cache.
+    # As many programs as there are multiprocessors take tile after tile. `flatten` makes one loop
+    # of this one and that over d, so that the next tile's loads are under way while exponentials
+    # are taken. Blocks of rows vary fastest: a tile of weight is read once, hidden stays in L2.
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
@@ -116,22 +119,22 @@ def weight_grad_kernel(p, scaled, scales, dweight, dbias, N, V, D: constexpr, BL
                        COLUMNS: constexpr = COLUMNS):  # fmt: skip
     """Tiles of dweight (V, D) += p^T (scale * hidden) and of dbias (V,) += p^T scale, in fp32.
 
-    The descriptors p (N, V), scaled (N, D + 16) and scales, which is `scaled` once more in tiles of
-    16 columns, are of one chunk of rows. The last 16 columns of scaled are all equal to scale. The
-    FIRST chunk writes over what is in dweight and dbias.
+    p (N, V) and scaled (N, D + 16) are of one chunk of rows; the FIRST writes over dweight and
+    dbias. The first D columns of scaled are scale * hidden, and each of the last 16 is scale;
+    `scales` is the same matrix for loading these.
     """
     d = tl.program_id(0) % (D // BLOCK_D) * BLOCK_D  # fastest: neighbours share tiles of p
     v0 = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
     grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     if d == 0:
-        # A product has 16 columns or more. So dbias is one with 16 equal columns.
+        # A product has 16 columns or more, and so dbias is one with 16 equal columns.
         grad_bias = tl.zeros((BLOCK_V, COLUMNS), tl.float32)
         for n in range(0, N, BLOCK_N):
             p_tile = p.load([n, v0]).T  # (BLOCK_V, BLOCK_N)
             grad = tl.dot(p_tile, scaled.load([n, d]), grad, input_precision="tf32x3")
             grad_bias = tl.dot(p_tile, scales.load([n, D]), grad_bias, input_precision="tf32x3")
         v = v0 + tl.arange(0, BLOCK_V)
-        column = tl.max(grad_bias, axis=1)
+        column = tl.max(grad_bias, axis=1)  # any of the equal ones
         if not FIRST:
             column += tl.load(dbias + v, mask=v < V, other=0.0)
         tl.store(dbias + v, column, mask=v < V)
@@ -149,26 +152,26 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     """The loss (fp32) and its gradients in the inputs' types, or empty ones if not wanted."""
     (N, D), V = hidden.shape, len(weight)
     device = torch.cuda.get_device_properties(weight.device)
-    # Tiles have tall x wide sums, to which products of blocks `deep` are added. 128 x 256 is what
-    # the registers of 8 warps hold on Hopper, but would spill on Blackwell. The exponentials of
-    # fp16 are kept in bf16, for they need the range of fp32.
+    # A program sums a tile of tall x wide numbers over steps of `deep`. 128 x 256 is what the
+    # registers of 8 warps hold on Hopper, but would spill on Blackwell. The exponentials of fp16
+    # are kept in bf16, for they need the range of fp32.
     p_dtype, tall, wide, deep = torch.bfloat16, 128, 128, 64
     if device.major == 9:
         wide = 256
     if weight.dtype == torch.float32:
         p_dtype, tall, wide, deep = torch.float32, 64, 64, 32
-    deep_D, wide_D = math.gcd(D, deep), math.gcd(D, wide)
-    # TMA wants matrices and their rows to start at multiples of 16 bytes, which views may not.
+    deep_D, wide_D = math.gcd(D, deep), math.gcd(D, wide)  # Tiles must divide D.
+    # TMA wants matrices and their rows to start at multiples of 16 bytes; views start anywhere.
     hidden, weight = (t.clone() if t.data_ptr() % 16 else t for t in (hidden, weight))
-    stride = triton.cdiv(V, 16) * 16
+    stride = triton.cdiv(V, 16) * 16  # entries from a row of p to the next
     tiled = TensorDescriptor.from_tensor
     new = partial(torch.empty, dtype=torch.float32, device=weight.device)
     rows = min(N, max(1, GPU_CHUNK // (128 * stride)) * 128)
     buffer = new(rows, stride, dtype=p_dtype)
-    losses, lost = new(2, N)
+    losses, rounded_off = new(N), new(N)
     dhidden, dweight, dbias = (new(t.shape if with_grad else 0) for t in (hidden, weight, bias))
     label_rows = weight[labels].float()  # (N, D)
-    targets = (hidden * label_rows).sum(1) + bias[labels]  # (N,), the labels' logits
+    label_logits = (hidden * label_rows).sum(1) + bias[labels]  # (N,)
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         h, label = hidden[chunk], labels[chunk]
@@ -180,17 +183,17 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
             D=D, BLOCK_N=tall, BLOCK_V=wide, BLOCK_D=deep_D, WITH_GRAD=with_grad,
             num_warps=8)  # fmt: skip
         exponentials(reference=None, REPAIR=False)
-        reference = F.hardshrink(peaks.amax(0), REACH)  # (n,), 0 within reach
+        # Each row's maximum (n,), or 0 where that is within reach and nothing is to be repaired.
+        reference = F.hardshrink(peaks.amax(0), REACH)
         exponentials(reference=reference, REPAIR=True)
-        target = targets[chunk] - reference
-        others = sums.sum(0)  # (n,), as are total and scale
-        total = others + target.exp()
-        losses[chunk] = total.log() - target
+        label_logit, others = label_logits[chunk] - reference, sums.sum(0)  # (n,) each
+        total = others + label_logit.exp()
+        losses[chunk] = total.log() - label_logit
         if with_grad:
             scale = 1 / (N * total)
             entry = -others.to(p_dtype)
             p.scatter_(1, label[:, None], entry[:, None])
-            lost[chunk] = scale * (-others - entry)
+            rounded_off[chunk] = scale * (-others - entry)  # See below.
             # With `out`, autocast does not turn the exponentials into fp16.
             product = torch.mm(p[:, :V], weight.to(p_dtype), out=new(n, D, dtype=p_dtype))
             dhidden[chunk] = scale[:, None] * product
@@ -206,9 +209,9 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
         # The label's entry is as large as all others of its row together, and bf16 rounds it to 8
         # bits. While rows are alike, as when training begins, all of them err to one side. So what
         # the rounding lost is added to the three gradients at the label.
-        dhidden.addcmul_(lost[:, None], label_rows)
-        dweight.index_put_((labels,), lost[:, None] * hidden, accumulate=True)
-        dbias.index_put_((labels,), lost, accumulate=True)
+        dhidden.addcmul_(rounded_off[:, None], label_rows)
+        dweight.index_put_((labels,), rounded_off[:, None] * hidden, accumulate=True)
+        dbias.index_put_((labels,), rounded_off, accumulate=True)
     return losses.mean(), *(t.to(weight.dtype) for t in (dhidden, dweight, dbias))
 
 @masked_lm.register_fake

@@ -119,10 +119,10 @@ def test_masked_lm_of_extreme_biases(scale, words, level):
 def test_the_lines_that_explain_the_trick_are_right():
     """The indented lines of the module's docstring, run as they stand."""
     inputs = hidden, weight, bias, labels = case(dtype=torch.float64)
-    names = {"torch": torch, "hidden": hidden, "weight": weight, "bias": bias, "N": len(hidden)}
-    names["labels"] = labels[:, None]
+    names = {"torch": torch, "hidden": hidden, "weight": weight, "bias": bias, "labels": labels}
+    names["N"] = len(hidden)
     exec("\n".join(re.findall("^    (.*)", masked_softmax.__doc__, re.MULTILINE)), names)
-    found = tuple(names[name].squeeze() for name in ("loss", "dhidden", "dweight", "dbias"))
+    found = tuple(names[name] for name in ("loss", "dhidden", "dweight", "dbias"))
     torch.testing.assert_close(found, differentiate(masked_lm_equation, *inputs))
 
 @pytest.mark.parametrize("dtype", DTYPES)
