@@ -12,8 +12,8 @@ Original and derived text come from different halves of the corpus: if both told
 the text alone would show which words correspond. They share the special ids, <mask> too, as in the
 paper: what is shared can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
 
-Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width; V rows of E, those of
-both languages; K pairs. A word is a sub-word, a row of E.
+Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width (in prose D is the
+dictionary); V rows of E, those of both languages; K pairs. A word is a sub-word, a row of E.
 """
 
 import copy
@@ -58,12 +58,12 @@ class Settings:
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
     warmup: int = 10_000  # steps in which the rate rises to its peak
-    decay_share: float = 1.0  # last share of the steps after warm-up, in which the rate falls to 0
+    decay_share: float = 1.0  # the rate falls to 0 over this last share of the steps after warm-up
     batch: int = 128  # rows in a step
-    short_steps: int = 0  # first steps, with rows of 32 tokens, and more rows
+    short_steps: int = 0  # so many steps come first, with more and shorter rows, of 32 tokens
     weight_decay: float = 0.01  # of matrices, embeddings included
     tune_epochs: int = 10  # epochs of fine-tuning
-    tune_length: int = 128  # tokens in the longest row of fine-tuning
+    tune_length: int = 128  # most tokens in a row of fine-tuning, if positions allows
     tune_rate: float = 2e-5  # peak rate of fine-tuning
     freeze_embeddings: bool = False  # true: fine-tuning changes no embedding of words or languages
 
@@ -72,22 +72,24 @@ class Settings:
             raise ValueError(f"no objective {self.objective!r}: give {', '.join(OBJECTIVES)}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"no optimizer {self.optimizer!r}: give adamw or muon")
+        # 16 is what the kernels' tiles need, and 4 what XLM needs, whose rows are half pairs.
         if self.width % self.heads or self.width % 16 or self.batch % 4:
             raise ValueError("give width in multiples of 16 and of heads, batch in multiples of 4")
         multiple = SHORT_ROW if self.short_steps else 2
-        if self.positions % multiple or not 0.02 <= self.mask_share <= 1:
-            raise ValueError(f"give positions in multiples of {multiple}, mask_share of 0.02 to 1")
+        least = 1 / min(self.positions, SHORT_ROW)  # one token of the shortest row
+        if self.positions % multiple or not least <= self.mask_share <= 1:
+            raise ValueError(f"give positions in multiples of {multiple}, mask_share {least} to 1")
 
     @property
-    def shift(self):  # V / 2, which T_trans adds to ids; 0 without it, when both share all ids
+    def shift(self):  # V / 2, which T_trans adds to ids; 0 without T_trans: then all ids are shared
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property
     def language_size(self):  # how many ids one language has, special ones included: V / 2 or V
-        return self.shift or self.vocab_size
+        return self.vocab_size // 2 if self.shift else self.vocab_size
 
     @property
-    def languages(self):  # how many language embeddings there are; a single one tells nothing
+    def languages(self):  # how many language embeddings; RoBERTa has one at least
         return 2 if OBJECTIVES[self.objective].language_embeddings else 1
 
 def preset(name, **changes):  # the Settings of a preset with these changes
@@ -95,12 +97,12 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift. Special ids stay, UNK too, which in the paper moves."""
+    """T_trans: i -> i + shift. Special ids stay, even UNK, which moves in the paper."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
     """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
-    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # a stream of its own, unlike any step's
+    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # three numbers, where a step's stream has two
     words = np.arange(SPECIALS, s.language_size)
     known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
     return np.stack([known, known + s.shift], axis=1)
@@ -108,7 +110,7 @@ def make_dictionary(s):
 @dataclass
 class Batch:  # what one step sees: int64 arrays of numpy when it is made, tensors once moved
     tokens: np.ndarray  # (B, T), after masking
-    masked: np.ndarray  # (B, M), which of the T tokens are to be predicted
+    masked: np.ndarray  # (B, M), places in the row, from 0, of the tokens to be predicted
     labels: np.ndarray  # (B, M), the ids to be predicted there
     languages: np.ndarray  # (B, T), 0 for the original and 1 for the derived language
     positions: np.ndarray  # (B, T)
@@ -137,9 +139,9 @@ def mask_tokens(tokens, s, rng):
 # ------------------------------------------------------------------------------ the objectives
 # All minimise L_MLM, the masked-language-model loss over both languages. These are their additions.
 def pair_translations(original, derived):
-    """XLM: texts (B, T / 2) and counterparts side by side, to be masked on both sides; they begin
-    where train.Corpus.pair_starts says. Returns tokens, languages and positions, (B, T) int64 each.
-    Positions start again with the counterpart, so that corresponding words can have the same."""
+    """XLM: texts (B, T / 2) and their counterparts side by side, to be masked on both sides.
+    Returns tokens, languages and positions, (B, T) int64 each. Positions start again with the
+    counterpart, so that corresponding words can have the same."""
     tokens = np.concatenate([original, derived], axis=1)
     languages = np.concatenate([np.zeros_like(original), np.ones_like(derived)], axis=1)
     positions = np.tile(np.arange(original.shape[1]), (len(tokens), 2))
@@ -158,17 +160,17 @@ def ask_translations(batch, dictionary, s, rng):
     languages[row, batch.masked[row, column]] ^= 1
     return replace(batch, labels=np.where(asked, translated, batch.labels), languages=languages)
 
-def weighted_alignment(model, dictionary):
-    """ALIGN-MLM: alpha * L_align over the whole of D, at every step."""
-    return model.settings.alpha * kernels.alignment_loss(model.word_embeddings.weight, dictionary)
+def weighted_alignment(model, pairs):
+    """ALIGN-MLM: alpha * L_align over the whole of D, at every step. pairs: (K, 2) int64."""
+    return model.settings.alpha * kernels.alignment_loss(model.word_embeddings.weight, pairs)
 
 @dataclass(frozen=True)
-class Objective:  # a row of the table below, as a fifth one would be; what it omits is as in MLM
+class Objective:  # a row of the table below; the defaults are MLM's
     label: str  # its name in reports
     language_embeddings: bool = False  # whether the model is told a token's language
     parallel: bool = False  # whether half of each batch is translation pairs
     change_batch: Callable = lambda batch, dictionary, s, rng: batch
-    added_loss: Callable = lambda model, dictionary: 0.0
+    added_loss: Callable = lambda model, pairs: 0.0
 
 OBJECTIVES = {
     "mlm": Objective("MLM"),
@@ -204,7 +206,7 @@ class Layer(nn.Module):
         return x.unflatten(2, (self.settings.heads, -1)).transpose(1, 2)
 
     def forward(self, hidden, attention_mask=None):
-        """hidden: (B, T, D); attention_mask: (B, 1, 1, T) bool, False where nobody looks."""
+        """hidden: (B, T, D); attention_mask: (B, 1, 1, T) bool, False at what is ignored."""
         p = self.settings.dropout if self.training else 0.0
         query = self.split_heads(self.query(hidden))
         key = self.split_heads(self.key(hidden))
@@ -230,9 +232,9 @@ class MaskedLM(nn.Module):
         self.head_norm = nn.LayerNorm(D)
         self.head_bias = nn.Parameter(torch.zeros(s.vocab_size))
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # a deviation of 0.02 at the paper's width of 512
+            if parameter.ndim == 2:  # a standard deviation of 0.02 at the paper's width of 512
                 nn.init.normal_(parameter, std=0.02 * (512 / D) ** 0.5)
-            elif "norm" not in name:
+            elif "norm" not in name:  # a bias
                 nn.init.zeros_(parameter)
 
     def encode(self, tokens, languages=None, positions=None, attention_mask=None):
@@ -249,25 +251,25 @@ class MaskedLM(nn.Module):
             hidden = layer(hidden, attention_mask)
         return hidden
 
-    def forward(self, batch, dictionary=None):
-        """The objective's loss, and L_MLM alone for the log. dictionary: D, (K, 2) int64."""
+    def forward(self, batch, pairs=None):
+        """The objective's loss, and L_MLM alone for the log. pairs: D, a tensor (K, 2) int64."""
         hidden = self.encode(batch.tokens, batch.languages, batch.positions)
         # The product with E is the most expensive one, and so only masked tokens go on to it.
-        hidden = hidden.take_along_dim(batch.masked[..., None], dim=1)  # (B, M, D)
+        hidden = hidden.take_along_dim(batch.masked[..., None], dim=1)  # (B, T, D) -> (B, M, D)
         hidden = self.head_norm(F.gelu(self.head_dense(hidden))).flatten(0, 1)  # (N, D)
         E = self.word_embeddings.weight
         mlm = kernels.masked_lm_loss(hidden, E, self.head_bias, batch.labels.flatten())
-        return mlm + OBJECTIVES[self.settings.objective].added_loss(self, dictionary), mlm.detach()
+        return mlm + OBJECTIVES[self.settings.objective].added_loss(self, pairs), mlm.detach()
 
 # ----------------------------------------------------------------------------------- the losses
-# These are the definitions. kernels/ computes the same faster, and is tested against them.
+# These are the definitions. kernels/ computes the same in less memory, and is tested against them.
 def masked_lm_equation(hidden, E, bias, labels):
     """L_MLM = -1/N sum_n log softmax(hidden_n E^T + bias)[labels_n]. Source: BERT and RoBERTa."""
     logits = F.linear(hidden, E, bias)  # (N, D), (V, D), (V,) -> (N, V)
     return -logits.log_softmax(1).gather(1, labels[:, None]).mean()
 
 def alignment_equation(E, pairs):
-    """L_align = -1/|D| sum over (i, j) in D of cos(E_i, E_j). Source: the paper."""
+    """L_align = -1/K sum over the K pairs (i, j) of cos(E_i, E_j). Source: the paper."""
     original, derived = E[pairs.T]  # (K, D) each
     return -F.cosine_similarity(original, derived).mean()
 
@@ -289,7 +291,7 @@ def alignment_score(model, dictionary):
     counterpart: of "all" words, of those "inside" and of those "outside" the dictionary (K, 2). A
     group without words is left out. Source: the paper."""
     original, derived = words_of_both(model)
-    derived = F.normalize(derived, dim=1)
+    derived = F.normalize(derived, dim=1)  # The original one's length changes no comparison.
     nearest = [(rows @ derived.T).argmax(1) for rows in original.split(1024)]
     words = np.arange(len(original))
     aligned = 100.0 * (torch.cat(nearest).numpy(force=True) == words)
@@ -300,7 +302,7 @@ def alignment_score(model, dictionary):
 @torch.no_grad()
 def rotate(model, dictionary):
     """A copy in which the orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966) has
-    turned all derived words onto the original ones. They then use its language embedding too."""
+    turned all derived words onto the original ones. They then count as words of that language."""
     model = copy.deepcopy(model)
     s, language = model.settings, model.language_embeddings.weight
     original, derived = words_of_both(model)
@@ -308,9 +310,9 @@ def rotate(model, dictionary):
     u, _, vh = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
     turned = derived @ u @ vh
     if s.objective == "xlm":
-        turned -= language[0]  # words_of_both() has added it, and encode() will.
+        turned -= language[0]  # encode() will add it: with it words_of_both() has made `original`.
     model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
-    language[-1] = language[0]
+    language[-1] = language[0]  # what words_of_both() adds to derived words
     return model
 
 # ----------------------------------------------------------- out to, and in from, transformers
@@ -378,23 +380,20 @@ def to_hf(model, folder):
 
 def from_hf(folder, settings=None):
     """The model, in float32, that `to_hf` or transformers' RobertaForMaskedLM wrote to a folder.
-    settings: of our experiment, if it is one. Raises ValueError, naming the file, for any other."""
-    path = Path(folder, "config.json")
+    settings: of our experiment, if it is one. Raises ValueError, naming the folder, for others."""
     try:
-        config = HF_FIXED | json.loads(path.read_text())
+        config = HF_FIXED | json.loads(Path(folder, "config.json").read_text())
         if not HF_FIXED.items() <= config.items():
-            raise ValueError(f"it should have {HF_FIXED}")
+            raise ValueError(f"config.json should have {HF_FIXED}")
         shape = {ours: config[theirs] for theirs, ours in HF_SETTINGS.items()}
         shape["positions"] = config["max_position_embeddings"] - HF_UNUSED_POSITIONS
         objective = "mlm" if shape.pop("languages") == 1 else "xlm"  # one with two languages
         model = MaskedLM(replace(settings or Settings(objective=objective), **shape))
-        theirs, path = {}, path.with_name("model.safetensors")
-        for path in sorted(Path(folder).glob("model*.safetensors")):  # Large models have several.
-            theirs |= safetensors.torch.load_file(path)
+        theirs = safetensors.torch.load_file(Path(folder, "model.safetensors"))
         state = {name: theirs[hf_name(name)] for name in model.state_dict()}
         name = "position_embeddings.weight"
         state[name] = state[name][HF_UNUSED_POSITIONS:]
         model.load_state_dict(state)  # This copies, and so turns half precision into float32.
     except Exception as error:  # A damaged file can make anything fail.
-        raise ValueError(f"{path}: no RoBERTa that can be read: {error}") from error
+        raise ValueError(f"{folder}: no RoBERTa that can be read: {error}") from error
     return model

@@ -68,7 +68,7 @@ def near(count: int, trials: int, probability: float) -> bool:
     ({"optimizer": "adam"}, "optimizer"), ({"width": 30}, "width"), ({"batch": 6}, "batch"),
     ({"width": 48, "heads": 5}, "heads"), ({"positions": 15}, "positions in multiples of 2"),
     ({"positions": 16, "short_steps": 5}, "positions in multiples of 32"),
-    ({"mask_share": 15.0}, "mask_share"), ({"mask_share": 0.0}, "mask_share"),
+    ({"mask_share": 15.0}, "mask_share"), ({"mask_share": 0.02}, "mask_share 0.0625 to 1"),
 ], ids=str)  # fmt: skip
 def test_an_impossible_experiment_is_refused_by_the_name_of_its_setting(wrong, named):
     with pytest.raises(ValueError, match=named):
@@ -109,7 +109,7 @@ def test_the_dictionary_is_the_same_for_every_objective_and_another_for_another_
 # ---------------------------------------------------------------------- masks and translations
 SHAPES = st.tuples(st.integers(1, 5), st.integers(8, 40))
 
-@given(arrays(np.int64, SHAPES, elements=st.integers(0, 15)), st.floats(0.02, 1), SEEDS)
+@given(arrays(np.int64, SHAPES, elements=st.integers(0, 15)), st.floats(0.0625, 1), SEEDS)
 def test_an_exact_share_of_every_row_is_masked_and_words_first(tokens, share, seed):
     s = tiny(mask_share=share)
     batch = alignmlm.mask_tokens(tokens, s, np.random.default_rng(seed))
@@ -304,10 +304,9 @@ def test_what_we_write_has_the_same_logits_in_transformers_and_the_same_bits_her
     assert back.settings == s
     torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
 
-@pytest.mark.parametrize("dtype, languages, shard", [
-    (torch.float32, 2, "1GB"), (torch.float16, 1, "10KB"), (torch.bfloat16, 2, "1GB"),
-])  # fmt: skip
-def test_what_transformers_saves_is_read_in_float32(dtype, languages, shard, tmp_path):
+@pytest.mark.parametrize("dtype, languages", [
+    (torch.float32, 2), (torch.float16, 1), (torch.bfloat16, 2)])  # fmt: skip
+def test_what_transformers_saves_is_read_in_float32(dtype, languages, tmp_path):
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -317,16 +316,15 @@ def test_what_transformers_saves_is_read_in_float32(dtype, languages, shard, tmp
     theirs = randomize(RobertaForMaskedLM(config)).to(dtype)
     # A pooler, which some published models have, is of no use here and is ignored.
     theirs.roberta.pooler = torch.nn.Linear(32, 32)
-    theirs.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "10KB")
+    theirs.save_pretrained(tmp_path)
     ours = alignmlm.from_hf(tmp_path).eval()
     s = ours.settings
     assert (s.vocab_size, s.positions, s.languages, s.layers, s.heads) == (90, 24, languages, 2, 4)
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
     assert_same_logits(ours, theirs.float())
 
-def assert_refused(folder, name) -> None:
-    with pytest.raises(ValueError, match=f"^{folder / name}: no RoBERTa"):
+def assert_refused(folder) -> None:
+    with pytest.raises(ValueError, match=f"^{folder}: no RoBERTa"):
         alignmlm.from_hf(folder)
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -338,24 +336,22 @@ def test_a_damaged_or_missing_file_is_refused_by_its_name(name, tmp_path):
     one_tensor = safetensors.torch.save({"lm_head.bias": torch.zeros(120)})
     for damaged in (*cut, b"[1]", b"{}", b'{"a": "\xff"}', one_tensor):
         path.write_bytes(damaged)
-        assert_refused(tmp_path, name)
+        assert_refused(tmp_path)
     path.unlink()
-    assert_refused(tmp_path, name)
+    assert_refused(tmp_path)
 
-@pytest.mark.parametrize("name, changes", [
+@pytest.mark.parametrize("changes", [
     # The weights do not fit the first of these settings. No model here has the others.
-    ("model.safetensors", {"vocab_size": 200}), ("model.safetensors", {"num_hidden_layers": 3}),
-    ("model.safetensors", {"max_position_embeddings": 12}),
-    ("config.json", {"model_type": "bert"}), ("config.json", {"tie_word_embeddings": False}),
-    ("config.json", {"hidden_act": "relu"}), ("config.json", {"layer_norm_eps": 1e-12}),
-    ("config.json", {"hidden_size": "wide"}), ("config.json", {"num_attention_heads": 0}),
-    ("config.json", {"vocab_size": 10**15}),
+    {"vocab_size": 200}, {"num_hidden_layers": 3}, {"max_position_embeddings": 12},
+    {"model_type": "bert"}, {"tie_word_embeddings": False}, {"hidden_act": "relu"},
+    {"layer_norm_eps": 1e-12}, {"hidden_size": "wide"}, {"num_attention_heads": 0},
+    {"vocab_size": 10**15},
 ], ids=str)  # fmt: skip
-def test_settings_of_another_model_are_refused(name, changes, tmp_path):
+def test_settings_of_another_model_are_refused(changes, tmp_path):
     alignmlm.to_hf(random_model(tiny()), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert_refused(tmp_path, name)
+    assert_refused(tmp_path)
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "settings.json"
