@@ -1,8 +1,8 @@
 """The two losses that touch the whole vocabulary, and where their Triton kernels run.
 
-As equations they stand in alignmlm.py; here the same numbers are computed with less time and
-memory: by the kernels where `fused` says so, elsewhere, as on a CPU, by masked_lm_plain and
-alignment_plain. alignment.py is the easy kernel, to be read first; masked_softmax.py is the other.
+As equations they stand in alignmlm.py; here the same numbers are computed in less memory: by the
+kernels where `fused` says so, elsewhere, as on a CPU, by masked_lm_plain and alignment_plain, which
+are plain PyTorch. alignment.py is the easy kernel, to be read first; masked_softmax.py the other.
 """
 
 import torch
@@ -10,25 +10,25 @@ import torch
 from kernels import alignment, masked_softmax
 
 def fused(weight):
-    """Whether the Triton kernels run for weight (V, D). Everything else goes PyTorch's own way."""
+    """Whether the Triton kernels run for weight (V, D): one rule for both of them."""
     if not weight.is_cuda or torch.version.hip or alignment.triton is None:
         return False
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    # Tiles are 16 columns wide or more, and a whole row is for one program of the alignment.
+    # A tile of masked_lm has 16 columns or more. A program of the alignment holds whole rows.
     if weight.shape[1] % 16 or weight.shape[1] > 1024:
         return False
     # Triton launches on the current device.
     if weight.device.index != torch.cuda.current_device():
         return False
     # From Hopper on, a copy engine (TMA) fetches the tiles of masked_lm. Three tiles of each matrix
-    # are in shared memory at once, for which that of a GeForce RTX 50 card is too small.
+    # are in shared memory at once; a GeForce RTX 50 has too little of it.
     device = torch.cuda.get_device_properties(weight.device)
     enough = device.shared_memory_per_block_optin >= masked_softmax.SHARED_MEMORY
     return device.major >= 9 and enough
 
 def masked_lm_loss(hidden, weight, bias, labels):
-    """Mean cross entropy of softmax(hidden weight^T + bias): L_MLM of Tang et al. (2022).
+    """Mean cross entropy of softmax(hidden weight^T + bias): L_MLM of BERT and RoBERTa.
 
     hidden (N, D), weight (V, D) and bias (V,) of one floating type, or of any under autocast;
     labels (N,), int64 in [0, V): the masked tokens alone, which the caller has gathered. Returns
@@ -45,13 +45,13 @@ def masked_lm_loss(hidden, weight, bias, labels):
     _check("hidden", hidden, (N, D), weight.dtype, weight.device)
     _check("bias", bias, (V,), weight.dtype, weight.device)
     _check("labels", labels, (N,), torch.int64, weight.device)
-    # To look at the labels would be to wait for the GPU: PyTorch's indexing refuses wrong ones.
+    # Checking the labels' range here would wait for the GPU. weight[labels] fails for wrong ones.
     if fused(weight):
-        return alignment.made_in_forward(masked_softmax.masked_lm, hidden, weight, bias, labels)
+        return alignment.call_operator(masked_softmax.masked_lm, hidden, weight, bias, labels)
     return masked_softmax.masked_lm_plain(hidden, weight, bias, labels)
 
 def alignment_loss(weight, pairs):
-    """Minus the mean cosine of rows i and j of weight over the pairs (i, j): L_align, same paper.
+    """Minus the mean cosine of rows i and j of weight over the pairs (i, j): L_align of ALIGN-MLM.
 
     weight (V, D) floating; pairs (K, 2), int64 in [0, V). The dictionary must be ONE-TO-ONE: each
     row of weight stands in at most one pair. Returns an fp32 scalar (float64 for float64), to be
@@ -62,7 +62,7 @@ def alignment_loss(weight, pairs):
     # The kernel writes each row's gradient once: hence one-to-one. A pair outside of the matrix
     # makes its loss NaN.
     if fused(weight):
-        return alignment.made_in_forward(alignment.alignment, weight, pairs)
+        return alignment.call_operator(alignment.alignment, weight, pairs)
     return alignment.alignment_plain(weight, pairs)
 
 # A kernel that is given the wrong shape or type would read memory that is not its own.

@@ -4,8 +4,8 @@ With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K and the gradie
 
     dE_i = (cosine u_i - u_j) / (K |E_i|),    dE_j = (cosine u_j - u_i) / (K |E_j|).
 
-Plain PyTorch passes over (K, D) matrices for each factor, 30 K D values in all. Here each of K
-programs reads the two rows of its pair, 2 D values, and writes both gradients.
+Plain PyTorch makes a (K, D) matrix for every factor of these, and so passes over memory many times.
+Here each of K programs reads the two rows of its pair, 2 D values, and writes both gradients.
 """
 
 import torch
@@ -18,7 +18,7 @@ try:
     import triton.language as tl
     from triton.language import constexpr
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # There is no Triton for macOS: PyTorch's own way serves.
+except ImportError:  # There is no Triton for macOS, which falls back to plain PyTorch.
     triton = tl = constexpr = TensorDescriptor = None
 jit = triton.jit if triton else (lambda function: function)
 
@@ -70,7 +70,7 @@ def _(weight, pairs, with_grad):
     loss = weight.new_empty((), dtype=torch.float32)
     return loss, weight.new_empty(weight.shape if with_grad else 0)
 
-class MadeInForward(torch.autograd.Function):
+class GradientsInForward(torch.autograd.Function):
     """A loss whose operator makes its gradients too, for an upstream gradient of 1."""
     @staticmethod
     def forward(ctx, operator, *inputs):
@@ -82,11 +82,11 @@ class MadeInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         scaled = [gradient * upstream for gradient in ctx.saved_tensors]
-        return None, *scaled, None  # none for the operator, and none for labels or pairs
+        return None, *scaled, None  # The operator and the last input, indices, have none.
 
-def made_in_forward(operator, *inputs):
-    """The loss of an operator, with gradients only if one is wanted."""
+def call_operator(operator, *inputs):
+    """The loss of an operator of its inputs, which makes gradients only if one is wanted."""
     inputs = [tensor.contiguous() for tensor in inputs]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return MadeInForward.apply(operator, *inputs)
+        return GradientsInForward.apply(operator, *inputs)
     return operator(*inputs, False)[0]

@@ -40,15 +40,15 @@ def chunked(rows=None):  # PyTorch's own, which makes the logits of so many rows
     return lambda h, w, b, y: F.linear_cross_entropy(h, w, y, linear_bias=b, options=options)
 
 def liger(**options):  # This is LinkedIn's Liger Kernel.
-    liger = importlib.import_module("liger_kernel.transformers.functional")
-    return lambda h, w, b, y: liger.liger_fused_linear_cross_entropy(h, w, y, b, **options)
+    module = importlib.import_module("liger_kernel.transformers.functional")
+    return lambda h, w, b, y: module.liger_fused_linear_cross_entropy(h, w, y, b, **options)
 
 def without_bias(module, name, **options):
     # The bias is zero here, and so these compute the same loss with a little less to do.
     loss = getattr(importlib.import_module(module), name)
     return lambda h, w, b, y: loss(h, w, y, **options)
 
-# Each makes a loss of hidden, weight, bias and labels, or fails where it is not installed.
+# name: what returns a function of hidden, weight, bias and labels, or fails if not installed.
 PEERS = {
     "ours": lambda: masked_lm_loss,
     "eager": lambda: eager,  # what everyone has: all logits at once
@@ -67,9 +67,10 @@ PEERS = {
 }  # fmt: skip
 
 # Forward and backward are timed together, as a training step has both.
-def differentiate(loss, tensors, index):
-    """The loss and the gradients of tensors, None for one that is not used."""
-    value = loss(*tensors, index)
+def differentiate(loss, tensors, targets):
+    """The loss and the gradients of tensors, None for one that is not used. targets: the labels,
+    or the pairs of the alignment."""
+    value = loss(*tensors, targets)
     return value.detach(), *torch.autograd.grad(value, tensors, allow_unused=True)
 
 def three_products(hidden, weight, logits):
@@ -93,7 +94,7 @@ def masked_lm_contest(N, D, V):
         except (ImportError, AttributeError, RuntimeError) as error:
             print(f"| | {name} | skipped: {error} | | | | |")
     hidden, weight, _ = (tensor.detach() for tensor in tensors)
-    # The last argument is memory for the logits, which is not to be allocated in every turn.
+    # The last argument is memory for the logits, which should not be allocated in every turn.
     calls["three products"] = partial(three_products, hidden, weight, hidden @ weight.T)
     return calls, differentiate(eager, [tensor.double() for tensor in tensors], labels)
 
@@ -103,8 +104,8 @@ def alignment_contest(K, D, V):
     peers = {"ours": alignment_loss, "eager": alignment_equation}
     peers["compiled"] = torch.compile(alignment_equation, dynamic=False)
     calls = {name: partial(differentiate, loss, [weight], pairs) for name, loss in peers.items()}
-    # The floor: the rows of the pairs are to be read, and as many to be written. A floor has no
-    # results to compare, and so this returns an empty slice.
+    # The floor: the rows of the pairs must be read, and as many be written. A floor has no results
+    # to compare, and so this returns an empty slice.
     rows, target = weight.detach()[: 2 * K], torch.empty(2 * K, D)
     calls["a copy of the rows"] = lambda: target.copy_(rows)[:0]
     return calls, differentiate(alignment_equation, [weight.double()], pairs)

@@ -54,10 +54,10 @@ SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tes
 COLUMNS = 16  # columns of the narrowest product that tensor cores take; dbias is computed as one
 
 def masked_lm_plain(hidden, weight, bias, labels):
-    """The loss in PyTorch's own way, by chunks of rows where that loses nothing."""
+    """The loss in plain PyTorch, by chunks of rows where that loses nothing."""
     # The chunked function is new in PyTorch 2.13, does not compile, and rounds the loss of half
-    # types to their 8 or 11 bits. So it serves fp32 and float64 outside of torch.compile, and all
-    # N x V logits are made elsewhere, as in the equation.
+    # types to their 8 or 11 bits. So it serves fp32 and float64 outside of torch.compile; otherwise
+    # all N x V logits are made, as in the equation.
     chunked = hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling()
     if chunked and weight.dtype.itemsize >= 4:
         rows = max(1, CPU_CHUNK // len(weight))

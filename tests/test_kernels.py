@@ -221,7 +221,7 @@ def test_gradients_are_made_once_and_where_they_are_wanted(monkeypatch):
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
     # What makes gradients is not there to be used. B10.
-    monkeypatch.delattr(alignment, "MadeInForward")
+    monkeypatch.delattr(alignment, "GradientsInForward")
     for wanted in (True, False):
         weight.requires_grad_(wanted)
         with torch.set_grad_enabled(not wanted):
