@@ -26,9 +26,9 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain, combinations, groupby, islice, product, tee
+from itertools import chain, combinations, groupby, tee
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,6 @@ class Sentence:
     heads: list | None = None  # the 1-based position of each word's head, 0 for the root
     deprels: list | None = None  # relations of Universal Dependencies
     entities: list | None = None  # BIO tags: `B-PER`, `I-PER`, `O`
-    rows: list | None = field(default=None, compare=False)  # CoNLL-U's ten columns, as text
 
 INFERENCES = ("entailment", "neutral", "contradiction")
 
@@ -86,68 +85,65 @@ PHRASES = {
     "setting": "place noun*3 | thing noun*2 | idea noun | LOC*3 | him*2",
     "known": "person definite described*2 | thing definite described*2 | place definite described",
 }
-# What a name brings: the chance of a dependent, where it may stand, its relation and its options.
+# What a name brings: the chance of a dependent, where it may stand, its relation, marks, options.
 # Its place is drawn from signs: `[` before the whole phrase so far, `<` just before the top word,
-# `>` just after it, `]` at the end. After a relation, `*` says that it may come several times, `^`
-# that the dependent takes its number from the head, and `~` that it is the rarer the deeper. Rows
-# are tried from the top, and so what sets a number stands before what takes it.
+# `>` just after it, `]` at the end. The marks: `repeats`, it may come several times; `agrees`, it
+# takes its number from the head; `nests`, such a phrase may have others in it, and so it is the
+# rarer the deeper. Rows are tried from the top: what sets a number stands before what takes it.
 DEPENDENTS = """
-    affect      1     ]]]]][  obj           object
-    give        0.3   >       iobj          person noun*2 | him
-    give        1     ]]]]][  obj           object
-    say         0.7   ]]]]][  ccomp~        finite | finite mark
-    say         0.3   ]       xcomp~        give to adverbials | act to adverbials
-    to          1     <       mark          PART:to
-    paired      0.08  ]       conj~         adjective paired joined
-    subject     0.88  [[[[>]  nsubj         agent
-    tense       0.4   [<<<<<  aux^          modal*4 | have*3 | be*3 | do*3
-    being       0.85  [<<<<<  cop^          be
-    adverbials  0.08  <<>     advmod        negation
-    adverbials  0.1   >]      compound:prt  particle
-    adverbials  0.24  [<>]    advmod*       free*4 | manner degree*4 | fast
-    adverbials  0.3   [<>]    obl*          setting case
-    adverbials  0.07  []      advcl~        finite mark
-    adverbials  0.12  ]       conj~         finite joined
-    mark        1     [       mark          subordinator
-    as-subject  1     [       nsubj^        who
-    as-object   0.6   [       obj           who
-    noun        0.06  <       compound      thing
-    noun        0.3   [[]     amod*         adjective paired degree*5 | participle
-    noun        0.06  [[]     nummod        number
-    noun        0.44  [       det^          determiner
-    noun        0.07  [       nmod:poss     his*2 | PER genitive
-    noun        0.16  ]       nmod~         setting case
-    noun        0.07  ]       conj~         object joined
-    noun        0.1   ]       acl:relcl~^   relative
-    degree      0.15  [       advmod        degree-word
-    amount      1     []      nummod        number
-    PER         0.4   ]       flat          surname
-    LOC         0.3   [       compound      PROPN:North | PROPN:Lake | PROPN:New
-    ORG         0.6   ]       flat          PROPN:Company | PROPN:Club | PROPN:Press
-    ORG-of      1     ]       nmod~         LOC of
-    case        0.9   [       case          adposition
-    genitive    1     ]       case          PART:'s
-    of          1     [       case          ADP:of
-    joined      1     [       cc            conjunction
-    joined      0.2   [       punct         PUNCT:,
-    aside       0.07  []      discourse     interjection
-    aside       0.04  ]       vocative      PER
-    claim       1     [       nsubj         known
-    claim       0.4   <       aux^          have | be | do
-    claim       0.15  <       advmod        negation
-    claim       1     ]       obj           known
-    claim       1     ]       punct         PUNCT:.
-    definite    0.5   [       det^          DET:the
-    described   1     <       amod          adjective
-    end         1     ]       punct         PUNCT:.*6 | PUNCT:! | PUNCT:?
+    affect      1     ]]]]][  obj           -             object
+    give        0.3   >       iobj          -             person noun*2 | him
+    give        1     ]]]]][  obj           -             object
+    say         0.7   ]]]]][  ccomp         nests         finite | finite mark
+    say         0.3   ]       xcomp         nests         give to adverbials | act to adverbials
+    to          1     <       mark          -             PART:to
+    paired      0.08  ]       conj          nests         adjective paired joined
+    subject     0.88  [[[[>]  nsubj         -             agent
+    tense       0.4   [<<<<<  aux           agrees        modal*4 | have*3 | be*3 | do*3
+    being       0.85  [<<<<<  cop           agrees        be
+    adverbials  0.08  <<>     advmod        -             negation
+    adverbials  0.1   >]      compound:prt  -             particle
+    adverbials  0.24  [<>]    advmod        repeats       free*4 | manner degree*4 | fast
+    adverbials  0.3   [<>]    obl           repeats       setting case
+    adverbials  0.07  []      advcl         nests         finite mark
+    adverbials  0.12  ]       conj          nests         finite joined
+    mark        1     [       mark          -             subordinator
+    as-subject  1     [       nsubj         agrees        who
+    as-object   0.6   [       obj           -             who
+    noun        0.06  <       compound      -             thing
+    noun        0.3   [[]     amod          repeats       adjective paired degree*5 | participle
+    noun        0.06  [[]     nummod        -             number
+    noun        0.44  [       det           agrees        determiner
+    noun        0.07  [       nmod:poss     -             his*2 | PER genitive
+    noun        0.16  ]       nmod          nests         setting case
+    noun        0.07  ]       conj          nests         object joined
+    noun        0.1   ]       acl:relcl     nests,agrees  relative
+    degree      0.15  [       advmod        -             degree-word
+    amount      1     []      nummod        -             number
+    PER         0.4   ]       flat          -             surname
+    LOC         0.3   [       compound      -             PROPN:North | PROPN:Lake | PROPN:New
+    ORG         0.6   ]       flat          -             PROPN:Company | PROPN:Club | PROPN:Press
+    ORG-of      1     ]       nmod          nests         LOC of
+    case        0.9   [       case          -             adposition
+    genitive    1     ]       case          -             PART:'s
+    of          1     [       case          -             ADP:of
+    joined      1     [       cc            -             conjunction
+    joined      0.2   [       punct         -             PUNCT:,
+    aside       0.07  []      discourse     -             interjection
+    aside       0.04  ]       vocative      -             PER
+    claim       1     [       nsubj         -             known
+    claim       0.4   <       aux           agrees        have | be | do
+    claim       0.15  <       advmod        -             negation
+    claim       1     ]       obj           -             known
+    claim       1     ]       punct         -             PUNCT:.
+    definite    0.5   [       det           agrees        DET:the
+    described   1     <       amod          -             adjective
+    end         1     ]       punct         -             PUNCT:.*6 | PUNCT:! | PUNCT:?
 """
-RULES = [line.split(maxsplit=4) for line in DEPENDENTS.strip().splitlines()]
-# Words. Of a closed class: the tag and the words, frequent ones first, after a stroke those for a
-# plural. Classes of names begin with the type of entity that they are. Of an open class: the tag,
-# how many words a topic has, whose stems they share, and the endings of a word's forms, where `-`
-# is none: the two numbers of nouns; -s, base, -ed and -ing of verbs. What one does with a hammer is
-# to hammer, and an adverb of manner is an adjective and -ly.
-CLASSES = {
+RULES = [line.split(maxsplit=5) for line in DEPENDENTS.strip().splitlines()]
+# The words of a closed class: the tag and the words, frequent ones first, after a stroke those for
+# a plural.
+CLOSED_CLASSES = {
     "determiner": "DET:the a this that every some no another each any|the all some these no those",
     "he": "PRON:it he she this that someone one | they we you these all some many those",
     "him": "PRON:it him her that this one nothing | them us you all these some those",
@@ -169,6 +165,12 @@ CLASSES = {
     "number": "NUM:two 3 ten four 12 seven 5 one 40 six 1984 nine 100",
     "amount": "SYM:% $ £",
     "ORG-of": "PROPN:University Bank Museum",
+}
+# The words of an open class are made of syllables: the tag, how many words a topic has, whose stems
+# they share, and the endings of a word's forms, where `-` is none: the two numbers of nouns; -s,
+# base, -ed and -ing of verbs. What one does with a hammer is to hammer, and an adverb of manner is
+# an adjective and -ly. The names of classes of names begin with the type of entity that they are.
+OPEN_CLASSES = {
     "person": "NOUN 8 person - s",
     "thing": "NOUN 10 thing - s",
     "place": "NOUN 6 place - s",
@@ -210,9 +212,9 @@ class Node:
     topic: int
     depth: int  # of phrases within phrases
     plural: bool
-    forms: list
+    forms: list  # of which one is chosen when its dependents are known
     company: int  # what its dependents' ranks begin with, so that it has favourites
-    form: int = BY_NUMBER
+    form: int = BY_NUMBER  # the place in `forms`
     entity: str = "O"
 
 ROOT = Node("", "", "", None, 0, 0, False, [], 0)  # the head of the top word
@@ -227,7 +229,7 @@ def parse_options(text):  # Returns lists of names, each list as often as its we
 
 @cache
 def open_word(name, topic, rank):  # Returns the forms of a word and its company, always the same.
-    upos, _, stems, *endings = CLASSES[name].split()
+    upos, _, stems, *endings = OPEN_CLASSES[name].split()
     rng = random.Random(f"{stems} {topic} {rank}")
     # The most frequent word of a topic has one syllable, and the others have two.
     parts = SYLLABLES[:3] if rank == 0 else SYLLABLES
@@ -239,19 +241,13 @@ def open_word(name, topic, rank):  # Returns the forms of a word and its company
 def zipf(rng, size):  # Draws a rank by Zipf's law, 0 the most often.
     return int((size + 1) ** rng.random()) - 1
 
-def make_word(rng, topic, name, relation, head):  # Returns the top word of a phrase.
-    deprel = relation.strip("*^~")
+def make_word(rng, topic, name, deprel, head, marks):  # Returns the top word of a phrase.
     plural = rng.random() < 0.35 and deprel != "compound"
     # Some agree with their heads: they were, these dogs, dogs that were.
-    if "^" in relation:
+    if "agrees" in marks:
         plural = head.plural
-    upos, _, words = CLASSES.get(name, name).partition(":")
-    if words:
-        # In a closed class the frequent words come first.
-        words = words.split("|")[-1 if plural else 0].split()
-        forms, company = [words[zipf(rng, len(words))]], 0
-    else:
-        upos, size, *_ = upos.split()
+    if name in OPEN_CLASSES:
+        upos, size, *_ = OPEN_CLASSES[name].split()
         rank = zipf(rng, int(size))
         # Most often the head's favourites are the frequent ones, and the topic stays.
         if rng.random() < 0.6:
@@ -259,44 +255,55 @@ def make_word(rng, topic, name, relation, head):  # Returns the top word of a ph
         if rng.random() < 0.15:
             topic = rng.randrange(TOPICS)
         forms, company = open_word(name, topic, rank % int(size))
-    # An auxiliary decides the form of its verb.
-    head.form = VERB_FORMS.get(name, head.form)
-    depth = head.depth + ("~" in relation)
+    else:
+        # A name that is no class is "ADP:of", the only word of its own.
+        upos, _, words = CLOSED_CLASSES.get(name, name).partition(":")
+        # Most classes have no stroke and one list, which is the first and the last.
+        words = words.split("|")[-1 if plural else 0].split()
+        forms, company = [words[zipf(rng, len(words))]], 0
+    # A name is never plural, as its verb shows.
+    if upos == "PROPN":
+        plural = False
+    depth = head.depth + 1 if "nests" in marks else head.depth
     return Node(name, upos, deprel, head, topic, depth, plural, forms, company)
 
-# Returns the words of a random phrase. Phrases stand side by side, so the trees are projective.
-def make_phrase(rng, topic, options, relation, head):
+# Returns the words of a random phrase. A dependent is a phrase of its own, whose words stay side by
+# side, so the trees are projective.
+def make_phrase(rng, topic, options, deprel, head, marks=""):
     # Options lead to options until the first name is a class or a word.
     names = rng.choice(parse_options(options))
     while names[0] in PHRASES:
         names = rng.choice(parse_options(PHRASES[names[0]])) + names[1:]
-    top = make_word(rng, topic, names[0], relation, head)
+    top = make_word(rng, topic, names[0], deprel, head, marks)
     nodes = [top]
-    # Each dependent is a phrase of its own, put at one of four places.
-    for name, chance, places, relation_below, options_below in RULES:
+    for name, chance, places, deprel_below, marks_below, options_below in RULES:
         chance = float(chance) if name in names else 0
-        if "~" in relation_below:
+        if "nests" in marks_below:
             chance *= 0.6**top.depth
         while rng.random() < chance:
-            phrase = make_phrase(rng, topic, options_below, relation_below, top)
+            phrase = make_phrase(rng, topic, options_below, deprel_below, top, marks_below)
             here = nodes.index(top)
             at = {"[": 0, "<": here, ">": here + 1, "]": len(nodes)}[rng.choice(places)]
             nodes[at:at] = phrase
-            if "*" not in relation_below:
+            if "repeats" not in marks_below:
                 break
     # A name is one entity with what belongs to it, but not with what joins it to the rest.
     if top.upos == "PROPN":
-        top.plural = False
         prefix = "B-"
         for node in nodes:
             if node.head is not top or node.deprel not in ("case", "cc", "punct"):
                 node.entity = prefix + top.name[:3]
                 prefix = "I-"
-    # Only now is it known whether a subject is plural, and whether a verb has an auxiliary.
-    if top.deprel in ("nsubj", "nummod"):
-        head.plural = top.plural or top.deprel == "nummod"
+    # A verb has the number of its subject, and what is counted is plural.
+    if deprel == "nsubj":
+        head.plural = top.plural
+    if deprel == "nummod":
+        head.plural = True
+    # An auxiliary decides the form of its verb.
+    head.form = VERB_FORMS.get(top.name, head.form)
+    # The dependents have done the same to this word. A verb that has no auxiliary is present or
+    # past.
     if top.form == BY_NUMBER:
-        # Without an auxiliary a verb is present or past.
         past = top.upos == "VERB" and rng.random() < 0.45
         top.form = PAST if past else int(top.plural)
     return nodes
@@ -305,11 +312,14 @@ def make_clause(rng, options):
     topic = int(TOPICS * rng.random() ** 2)  # Some are more frequent than others.
     return make_phrase(rng, topic, options, "root", ROOT)
 
-def make_sentence(nodes):  # The head of the root stands at 0. Words of one form have it always.
+def make_sentence(nodes):
+    # The head of the root stands at 0, and so the words count from 1.
+    numbered = [ROOT, *nodes]
     return Sentence(
+        # Words of one form have it always.
         [node.forms[node.form % len(node.forms)] for node in nodes],
         [node.upos for node in nodes],
-        [[ROOT, *nodes].index(node.head) for node in nodes],
+        [numbered.index(node.head) for node in nodes],
         [node.deprel for node in nodes],
         [node.entity for node in nodes],
     )
@@ -341,25 +351,27 @@ def generate_inferences(n, seed=0):
     rng = random.Random(f"inference {seed}")
     for number in range(n):
         label = INFERENCES[number % 3]
+        # "the old dog has not sharp teeth ." is made, said as the premise, and then changed.
         nodes = make_clause(rng, "act claim")
         premise = make_sentence(nodes)
-        size = len(nodes) - 1
-        adjectives = [node for node in nodes if node.upos == "ADJ"]
+        adjectives = [node for node in nodes if node.upos == "ADJ"]  # one for each of two nouns
         negations = [node for node in nodes if node.deprel == "advmod"]
         noun = rng.choice(adjectives).head
         if label == "entailment":
             # Rank 0 is the most frequent.
             noun.forms, _ = open_word(noun.name, noun.topic, 0)
         elif label == "neutral":
-            kept = adjectives.pop(rng.randrange(2))
-            while kept.forms[0] in premise.words:
-                kept.forms, _ = open_word("adjective", kept.topic, zipf(rng, 12))
+            # The new adjective is not among those that may be left out below.
+            new = adjectives.pop(rng.randrange(2))
+            while new.forms[0] in premise.words:
+                new.forms, _ = open_word("adjective", new.topic, zipf(rng, 12))
         elif negations:  # contradiction, by leaving out the negation
             nodes.remove(negations[0])
         else:  # contradiction, by a negation
-            at = nodes.index(noun.head)
-            nodes[at:at] = make_phrase(rng, noun.topic, "negation", "advmod", noun.head)
-        for adjective in rng.sample(adjectives, len(nodes) - size):
+            verb = noun.head
+            at = nodes.index(verb)
+            nodes[at:at] = make_phrase(rng, verb.topic, "negation", "advmod", verb)
+        for adjective in rng.sample(adjectives, len(nodes) + 1 - len(premise.words)):
             nodes.remove(adjective)
         yield Inference(premise, make_sentence(nodes), label)
 
@@ -439,9 +451,9 @@ def permuted_order(sentence, seed, index, **context):
     return places
 
 # `syntax` has the aim of Galactic Dependencies (Wang and Eisner, TACL 2016): the dependents of
-# nouns and verbs in the order of another language. Its model is simpler, as it only counts pairs:
-# how often under a noun an adjective that is an `amod` came before the noun itself ("NOUN amod/ADJ
-# head/NOUN"), and the same without tags ("NOUN amod head"), to fall back on.
+# nouns and verbs in the order of another language. Its model is simpler, as it only counts pairs.
+# Under a noun, how often did an adjective that is an `amod` come before the noun itself? That is
+# the count of "NOUN amod/ADJ head/NOUN". The same is counted without tags, "NOUN amod head".
 SOV_ROWS = {
     "VERB": "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
     "NOUN": "cc acl det nmod compound head flat amod nummod case cop aux mark conj",
@@ -453,77 +465,76 @@ SOV = {
     for first, second in combinations(row.split(), 2)
 }
 
-def rows_of(heads):  # Returns the places of each word and its dependents; those of the root at -1.
-    rows = defaultdict(list)
-    for word, head in enumerate(heads):
-        rows[word].append(word)
-        rows[head - 1].append(word)
-    return rows
-
-def read_off(rows):  # Returns the words that hang from the root, in order. It uses up the rows.
-    order, waiting = [], rows[-1]
-    while waiting:
-        word = waiting.pop()
-        # A word that is met first is replaced by its row, which has the word itself too. When it is
-        # met again its row is gone, and it is read off.
-        if word in rows:
-            waiting += rows.pop(word)
-        else:
-            order.append(word)
-    return order[::-1]
-
-# Yields the rows of nouns and verbs: the head, its kind, and what each word of the row is to it, as
-# in {3: ("amod", "amod/ADJ")}. Punctuation does not move and is left out, and so are the subtypes
-# of relations, as treebanks differ in them.
+# Yields the rows of nouns and verbs. A row is a head and its dependents from left to right, with
+# what each is: 1, "NOUN", {0: "amod/ADJ", 1: "head/NOUN"}. Punctuation does not move and is left
+# out, and so are the subtypes of relations, as treebanks differ in them.
 def moving_rows(sentence):
     if None in (sentence.upos, sentence.heads, sentence.deprels):
         raise InputError("syntax needs tags and trees; give CoNLL-U that has UPOS, HEAD and DEPREL")
-    for head, row in rows_of(sentence.heads).items():
-        items = {}
-        for word in row:
-            relation = "head" if word == head else sentence.deprels[word].partition(":")[0]
-            if relation != "punct":
-                items[word] = relation, f"{relation}/{sentence.upos[word]}"
-        if head in items:  # It is in all rows but the root's.
-            kind = sentence.upos[head].replace("PROPN", "NOUN")
-            if kind in SOV_ROWS:
-                yield head, kind, items
+    rows = defaultdict(dict)
+    for word, upos in enumerate(sentence.upos):
+        rows[word][word] = f"head/{upos}"
+        relation = sentence.deprels[word].partition(":")[0]
+        if relation != "punct":
+            rows[sentence.heads[word] - 1][word] = f"{relation}/{upos}"
+    for head, upos in enumerate(sentence.upos):
+        kind = upos.replace("PROPN", "NOUN")
+        if kind in SOV_ROWS:
+            yield head, kind, rows[head]
+
+def without_tag(label):
+    return label.partition("/")[0]
 
 def learn_order(sentences):
     """Learns the order model of a treebank's language. JSON can keep it."""
     model = Counter()
     for sentence in sentences:
-        for _, kind, items in moving_rows(sentence):
-            for first, second in combinations(items.values(), 2):
-                for before, after in zip(first, second, strict=True):
-                    model[f"{kind} {before} {after}"] += 1
+        for _, kind, row in moving_rows(sentence):
+            for first, second in combinations(row.values(), 2):
+                model[f"{kind} {first} {second}"] += 1
+                model[f"{kind} {without_tag(first)} {without_tag(second)}"] += 1
     return model
 
+def lead(model, kind, one, other):  # Returns how much oftener `one` came first than `other` did.
+    return model.get(f"{kind} {one} {other}", 0) - model.get(f"{kind} {other} {one}", 0)
+
 # Returns the words of a row in the order of the model's language. A word gets a point for every
-# other one that it more often precedes, and loses one for every other one that more often precedes
-# it. The words are sorted by their points, and equals keep their order.
-def arrange(model, kind, items):
-    # A head may have hundreds of dependents, but these are of few kinds.
-    sizes, wins = Counter(items.values()), Counter()
-    for item, other in product(sizes, repeat=2):
-        lead = 0
-        # With tags more is known, but not of all pairs.
-        for one, two in zip(item, other, strict=True):
-            found = model.get(f"{kind} {one} {two}", 0) - model.get(f"{kind} {two} {one}", 0)
-            if found:
-                lead = found
-        wins[item] += sizes[other] * np.sign(lead)
-    return sorted(items, key=lambda word: -wins[items[word]])
+# other one that it leads, and loses one for every other one that leads it. The words are sorted by
+# their points, and equals keep their order.
+def arrange(model, kind, row):
+    # A head may have hundreds of dependents, but these are of few sorts.
+    sizes, points = Counter(row.values()), Counter()
+    for one in sizes:
+        for other, size in sizes.items():
+            # With tags more is known, but not of all pairs.
+            found = lead(model, kind, one, other)
+            if found == 0:
+                found = lead(model, kind, without_tag(one), without_tag(other))
+            points[one] += size * np.sign(found)
+    return sorted(row, key=lambda word: -points[row[word]])
 
 def syntax_order(sentence, order, **context):
     """The dependents of nouns and verbs in the order of the model's language. Subtrees move as
     wholes, and one with gaps is drawn together. Punctuation keeps its place in its row, so that a
     final '.' stays final."""
-    rows = rows_of(sentence.heads or [])
-    for head, kind, items in moving_rows(sentence):
-        moved = iter(arrange(order, kind, items))
-        rows[head] = [next(moved) if word in items else word for word in rows[head]]
-    return read_off(rows)
+    # A word's place in a row, the row of its head or its own, is where it stands in the sentence.
+    # Those that move get each other's places. The key is the head of the row and the word.
+    places = {}
+    for head, kind, row in moving_rows(sentence):
+        for place, word in zip(row, arrange(order, kind, row), strict=True):
+            places[head, word] = place
+
+    def path(word):  # Returns the word's place in its own row, after those of all that it is below.
+        found = [places.get((word, word), word)]
+        while word >= 0:  # The head of the root is -1.
+            head = sentence.heads[word] - 1
+            found.append(places.get((head, word), word))
+            word = head
+        return found[::-1]
+
+    # Of two lists the first elements that differ are compared. Here these are two places in one
+    # row, the one where the ways from the root to two words part.
+    return sorted(range(len(sentence.words)), key=path)
 
 # A fifth one that moves words is a row here and a function. Spelling is another matter: train.py
 # transliterates ids instead of words (`alignmlm.derive_ids`).
@@ -548,8 +559,7 @@ def transform(sentence, names, seed=0, index=0, order=SOV):
     `permute` depends on seed and index, the sentence's number; `syntax` on the order model.
     """
     steps = []
-    # A name may itself be a composition, "transliterate+invert".
-    for name in chain.from_iterable(map(parse_transform, names)):
+    for name in names:
         places = TRANSFORMS[name].order_of(sentence, seed=seed, index=index, order=order)
         # An entity may come apart, and so the tags of before are kept.
         steps.append((name, places, sentence.entities))
@@ -591,15 +601,19 @@ SENTENCE = regex.compile(
 )
 # What parts sentences: a blank line, or in CoNLL-2003 the beginning of a document.
 BLANK = regex.compile(r"\s*$|-DOCSTART-")
-# An item of MISC. Treebanks with other annotation under this name have other values.
-ENTITY = regex.compile(r"(?<![^|])Entity=(O|[BI]-[^|]+)")
+# The columns of CoNLL-U with the labels of a Sentence, and an item of the last column, MISC.
+# Treebanks with other annotation under this name have other values.
+LABEL_COLUMNS = {"upos": 3, "heads": 6, "deprels": 7}
+ENTITY = regex.compile(r"(?:^|\|)Entity=(O|[BI]-[^|]+)")
+# An old Mac's file is one line, and no comment.
+COMMENT = regex.compile(r"#[^\r]*")
 # Rows of a word and its tag: after the number of the word or first in the row, and with the tag
 # right after the word or last. Universal NER has `-` where it should be O.
 BIO_ROWS = [
-    r"(?m)^\d+\t([^\t\n]+)\t([O-]|[BI]-\S+)(?:\t.*)?$",
-    r"(?m)^\d+\t([^\t\n]+)(?:\t[^\t\n]+)*\t([O-]|[BI]-\S+)$",
-    r"(?m)^([^\t\n]+)\t([O-]|[BI]-\S+)(?:\t.*)?$",
-    r"(?m)^([^\t\n]+)(?:\t[^\t\n]+)*\t([O-]|[BI]-\S+)$",
+    r"\d+\t([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",
+    r"\d+\t([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",
+    r"([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",
+    r"([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",
 ]
 # The columns of pairs by what else they are called. A gold label overrules those of annotators.
 COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
@@ -608,21 +622,20 @@ COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesi
 LABELS = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-", "": "-",
           "contradictory": "contradiction"}  # fmt: skip
 
-# Yields pairs of "file:line" and that line, without its end, of a UTF-8 file; `-` is standard
-# input. A byte order mark at the beginning is dropped.
+# Yields pairs of "file:line" and that line, without its end, of a UTF-8 file. A byte order mark at
+# the beginning is dropped.
 def read_lines(path):
-    try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            # Bytes are split at "\n" alone: text may hold other characters that end lines.
-            for number, line in enumerate(file, start=1):
+    with open(path, "rb") as file:
+        # Bytes are split at "\n" alone: text may hold other characters that end lines.
+        for number, line in enumerate(file, start=1):
+            place = f"{path}:{number}"
+            try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield f"{path}:{number}", text.rstrip("\r\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{path}:{number}: bytes that are not UTF-8; convert the file to UTF-8"
-        ) from None
+            except UnicodeDecodeError:
+                raise InputError(
+                    f"{place}: bytes that are not UTF-8; convert the file to UTF-8"
+                ) from None
+            yield place, text.rstrip("\r\n")
 
 def nonempty(path, sentences):  # Yields the sentences that have words. One of them must.
     empty = True
@@ -647,59 +660,71 @@ def blocks_of(lines):  # Yields what stands between blank lines, as lists of (pl
         if filled:
             yield list(block)
 
-# Returns the Sentence of a block of CoNLL-U and its comments, also if it has no words.
+# Returns the Sentence of a block of CoNLL-U, also if it has no words; its rows of ten columns; and
+# its comments.
 def parse_block(block):
     rows, comments = [], []
     for place, line in block:
         columns = line.split("\t")
-        if len(columns) == 10 and columns[0] == str(len(rows) + 1):
-            rows.append(columns)
-        elif regex.fullmatch(r"#[^\r]*", line):  # An old Mac's file is one line.
+        if COMMENT.fullmatch(line):
             comments.append(line)
+        elif len(columns) == 10 and columns[0] == str(len(rows) + 1):
+            rows.append(columns)
         # Multi-word tokens, "3-4", and empty nodes, "3.1", are no words.
-        elif not regex.fullmatch(r"\d+[-.]\d+(?:\t[^\t]*){9}", line):
+        elif len(columns) != 10 or not regex.fullmatch(r"\d+[-.]\d+", columns[0]):
             raise InputError(
                 f"{place}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
                 "with a blank line at the end, in 10 columns split by tabs"
             )
-    tree = Sentence([row[1] for row in rows], rows=rows)
-    for name, number in {"upos": 3, "heads": 6, "deprels": 7}.items():
-        column = [row[number] for row in rows]
-        if set(column) - {"_"}:  # A column that is all `_` is absent.
-            setattr(tree, name, column)
+    place = block[0][0]
+    sentence = Sentence([row[1] for row in rows])
+    # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
+    if len(rows) > 1 and set(sentence.words) == {"_"}:
+        raise InputError(f"{place}: the text has been taken out; get it from its publisher")
+    for name, column in LABEL_COLUMNS.items():
+        labels = [row[column] for row in rows]
+        if set(labels) != {"_"}:  # Such a column is absent.
+            setattr(sentence, name, labels)
+    if sentence.heads:
+        sentence.heads = parse_heads(sentence.heads, place)
     tags = [ENTITY.search(row[9]) for row in rows]
     if any(tags):
-        tree.entities = [tag[1] if tag else "O" for tag in tags]
-    check_tree(tree, block[0][0])
-    return tree, comments
+        sentence.entities = [tag[1] if tag else "O" for tag in tags]
+    return sentence, rows, comments
 
-def check_tree(tree, place):  # Checks the words and the heads, and makes the heads numbers.
-    # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
-    if len(tree.words) > 1 and set(tree.words) == {"_"}:
-        raise InputError(f"{place}: the text has been taken out; get it from its publisher")
-    if tree.heads:
-        tree.heads = [int(head) if head.isdecimal() else -1 for head in tree.heads]
-        # All words of a tree are reached from its root. Others are in a cycle or hang from no word.
-        if tree.heads.count(0) != 1 or len(read_off(rows_of(tree.heads))) < len(tree.heads):
-            raise InputError(
-                f"{place}: no tree; let heads be numbers of words and lead to one, whose head is 0"
-            )
+def parse_heads(column, place):  # Returns heads as numbers. They must be a tree.
+    numbers = {str(number): number for number in range(len(column) + 1)}
+    # What is no number of a word becomes a cycle, the word being its own head, and so is refused.
+    heads = [numbers.get(head, word) for word, head in enumerate(column, start=1)]
+    # The head of the head of ... a word is at last 0, after as many steps as there are words. Only
+    # in cycles and below them it is not.
+    above = reached = np.array([0, *heads])
+    for _ in heads:
+        reached = above[reached]
+    if reached.any() or heads.count(0) != 1:
+        raise InputError(
+            f"{place}: no tree; let heads be numbers of words and lead to one, whose head is 0"
+        )
+    return heads
 
 def read_conllu(path):
     """The sentences of a file in CoNLL-U (https://universaldependencies.org/format.html): words and
     what there is of UPOS, trees, and entities (MISC with `Entity=B-PER`). Multi-word tokens and
     empty nodes are no words."""
-    return nonempty(path, (parse_block(block)[0] for block in blocks_of(read_lines(path))))
+    parsed = map(parse_block, blocks_of(read_lines(path)))
+    return nonempty(path, (sentence for sentence, _, _ in parsed))
 
 # Returns whether the lines are CoNLL-U, which the first one that is no comment tells, and an
 # iterator over all of them, so that a pipe can be told too.
 def peek(lines):
     lines, ahead = tee(lines)
-    content = (line for _, line in ahead if not regex.fullmatch(r"#[^\r]*|\s*", line))
-    # A row has a number and many columns. Rows that are damaged, split by spaces or ended as on old
-    # Macs count too, so that they are refused and not taken for plain text.
-    row = r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )"
-    return bool(regex.search(row, next(content, ""))), lines
+    for _, line in ahead:
+        if line.strip() and not COMMENT.fullmatch(line):
+            # A row has a number and many columns. Rows that are damaged, split by spaces or ended
+            # as on old Macs count too: they are to be refused and not taken for plain text.
+            row = r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )"
+            return bool(regex.search(row, line)), lines
+    return False, lines
 
 def looks_like_conllu(path):
     """Whether a file is CoNLL-U, by its content. What this reads of a pipe is gone afterwards."""
@@ -709,7 +734,7 @@ def read_bio(path):
     """The sentences of a file with a word and its entity tag a line, as in CoNLL-2003 (`word ...
     tag`), Universal NER (`index word tag ...`) and others: the tag is in the column after the word
     if that holds tags, else in the last one. `-` is O. An I- that continues nothing becomes B-."""
-    return nonempty(path, bio_sentences(blocks_of(tab_columns(read_lines(path)))))
+    return nonempty(path, bio_sentences(list(blocks_of(tab_columns(read_lines(path))))))
 
 # Yields the lines with tabs between their columns, where spaces may have been. Other white space
 # belongs to the words.
@@ -719,18 +744,22 @@ def tab_columns(lines):
         yield place, row if "\t" in row else regex.sub(" +", "\t", row.lstrip(" "))
 
 def bio_sentences(blocks):
-    # What a column holds is a matter of the file and not of a row: a hundred sentences tell.
-    first = list(islice(blocks, 100))
-    text = "\n".join(line for _, line in chain(*first) if not line.startswith("#"))
-    # The form of rows is the one that finds most tags. A column of nothing but `-` has none.
-    form = max(BIO_ROWS, key=lambda form: sum(tag != "-" for _, tag in regex.findall(form, text)))
-    for block in chain(first, blocks):
-        sentence = Sentence([], entities=[])
+    # What a column holds is a matter of the file and not of a row: a hundred sentences tell. The
+    # form of rows is the one that finds most tags. A column of nothing but `-` has none.
+    found = Counter()
+    for _, line in chain(*blocks[:100]):
+        for form in BIO_ROWS:
+            row = regex.fullmatch(form, line)
+            if row and row[2] != "-" and not line.startswith("#"):
+                found[form] += 1
+    form = max(BIO_ROWS, key=lambda form: found[form])
+    for block in blocks:
+        words, tags = [], []
         for place, line in block:
             row = regex.fullmatch(form, line)
             if row:
-                sentence.words.append(row[1])
-                sentence.entities.append(row[2] if row[2] != "-" else "O")
+                words.append(row[1])
+                tags.append("O" if row[2] == "-" else row[2])
             # A `#` with a tag is a word, and without one it begins a comment.
             elif not line.startswith("#"):
                 raise InputError(
@@ -738,59 +767,66 @@ def bio_sentences(blocks):
                     "BILOU and tags without a type are not read"
                 )
         # In the same order: this makes B- of an I- that continues nothing.
-        yield reorder(sentence, range(len(sentence.words)))
+        yield Sentence(words, entities=move_entities(tags, range(len(tags))))
 
 # Yields (place, row) of a tab-separated table with a header, in which quotes are text, or of JSON:
 # an object a line, or one array of objects, or one object.
 def rows_of_pairs(path):
     lines = [(place, line) for place, line in read_lines(path) if line.strip()]
     header = lines[0][1] if lines else ""
-    is_json = regex.match(r"\s*[\[{]", header)
+    if not regex.match(r"\s*[\[{]", header):
+        names = header.split("\t")
+        for place, line in lines[1:]:
+            cells = line.split("\t")
+            if len(cells) != len(names):
+                raise InputError(
+                    f"{place}: {len(cells)} columns, unlike the header; mend the line"
+                )
+            yield place, dict(zip(names, cells, strict=True))
+        return
     # JSON that does not end with its line goes on to the end of the file.
-    if is_json and not regex.match(r"\s*\{.*\}\s*$", header):
+    if not regex.match(r"\s*\{.*\}\s*$", header):
         lines = [(path, "\n".join(line for _, line in lines))]
-    for place, line in lines if is_json else lines[1:]:
-        cells = line.split("\t")
+    for place, line in lines:
         try:
-            row = json.loads(line) if is_json else dict(zip(header.split("\t"), cells, strict=True))
-        except (ValueError, RecursionError) as error:
-            found = f"no JSON, {error}" if is_json else f"{len(cells)} columns, unlike the header"
-            raise InputError(f"{place}: {found}; mend the line") from None
-        if isinstance(row, list):
-            for number, item in enumerate(row, start=1):
-                yield f"{path}: item {number}", item
-        else:
-            yield place, row
+            items = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{place}: no JSON, {error}; mend the line") from None
+        if isinstance(items, dict):
+            items = [items]
+        for number, item in enumerate(items, start=1):
+            yield f"{place}: item {number}", item
 
 def read_inferences(path, language="en"):
     """The pairs in one language of a file of MNLI, XNLI or an export of them: a tab-separated table
     with a header, or JSON. Pairs without a gold label are left out."""
-    others, empty = set(), True
+    empty = True
     for place, row in rows_of_pairs(path):
         try:
+            if row.get("language", language) != language:
+                continue
             for name in COLUMNS.keys() & row:
                 row[COLUMNS[name]] = row[name]
-            texts, label = (row["premise"], row["hypothesis"]), str(row["label"]).lower()
-            "".join(texts).encode()  # Half of a surrogate pair has no encoding.
-        except (TypeError, KeyError, UnicodeError):
+            premise = Sentence(WORD.findall(row["premise"]))
+            hypothesis = Sentence(WORD.findall(row["hypothesis"]))
+            label = str(row["label"]).lower()
+        except (AttributeError, TypeError, KeyError):
             raise InputError(
                 f"{place}: no text; give columns premise, hypothesis and label"
             ) from None
         label = LABELS.get(label, label)
-        if row.get("language", language) != language:
-            others.add(str(row["language"]))
-        elif label != "-":
-            premise, hypothesis = [Sentence(WORD.findall(text)) for text in texts]
-            if label not in INFERENCES:
-                raise InputError(f"{place}: label {label!r}; give {', '.join(INFERENCES)} or -")
-            if not (premise.words and hypothesis.words):
-                raise InputError(f"{place}: a sentence without words; mend or remove the line")
-            yield Inference(premise, hypothesis, label)
-            empty = False
+        if label == "-":
+            continue
+        if label not in INFERENCES:
+            raise InputError(f"{place}: label {label!r}; give {', '.join(INFERENCES)} or -")
+        if not (premise.words and hypothesis.words):
+            raise InputError(f"{place}: a sentence without words; mend or remove the line")
+        yield Inference(premise, hypothesis, label)
+        empty = False
     if empty:
         raise InputError(
-            f"{path}: empty, no labelled pair in language {language!r}; choose one of "
-            f"{sorted(others)} or give another file"
+            f"{path}: empty, no labelled pair in language {language!r}; give another language or "
+            "file"
         )
 
 # ------------------------------------------------------------------------------ the command line
@@ -802,13 +838,15 @@ def read_inferences(path, language="en"):
 # An entity tag stands in front, so that "_" becomes "Entity=B-PER|_|Old=3:0:sings".
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
-# Yields the lines of a sentence in CoNLL-U. Its rows have the columns that a Sentence lacks.
-def conllu_lines(sentence, comments):
+# Yields the lines of a sentence in CoNLL-U. What a Sentence has takes its place in the rows.
+def conllu_lines(sentence, rows, comments):
     yield from comments
-    for number, row in enumerate(sentence.rows):
+    for number, row in enumerate(rows):
         row[:2] = str(number + 1), sentence.words[number]
-        if sentence.heads:
-            row[6] = str(sentence.heads[number])
+        for name, column in LABEL_COLUMNS.items():
+            labels = getattr(sentence, name)
+            if labels:
+                row[column] = str(labels[number])
         # Where there are two entity tags `parse_block` takes the first, which is the new one.
         if sentence.entities:
             row[9] = f"Entity={sentence.entities[number]}|{row[9]}".removesuffix("|_")
@@ -817,10 +855,8 @@ def conllu_lines(sentence, comments):
 
 def generate_file(args):
     for sentence in generate(args.sentences, args.seed):
-        sentence.rows = []
-        for upos, deprel in zip(sentence.upos, sentence.deprels, strict=True):
-            sentence.rows.append(["_", "_", "_", upos, "_", "_", "_", deprel, "_", "_"])
-        yield from conllu_lines(sentence, [f"# text = {' '.join(sentence.words)}"])
+        rows = [["_"] * 10 for _ in sentence.words]
+        yield from conllu_lines(sentence, rows, [f"# text = {' '.join(sentence.words)}"])
 
 # Yields the lines of the derived file: CoNLL-U of CoNLL-U, and of plain text a sentence a line.
 def transform_file(args):
@@ -831,29 +867,30 @@ def transform_file(args):
     if is_conllu:
         parsed = map(parse_block, blocks_of(lines))
     else:
-        parsed = ((sentence, None) for sentence in nonempty(args.file, split_text(lines)))
-    for index, (sentence, comments) in enumerate(parsed):
-        for row in sentence.rows or []:
-            row[9] += f"|Old={row[0]}:{row[6]}:{row[1]}"
-        if sentence.words:
-            sentence, _ = transform(sentence, names, args.seed, index, order)
+        parsed = ((sentence, [], []) for sentence in nonempty(args.file, split_text(lines)))
+    for index, (sentence, rows, comments) in enumerate(parsed):
+        derived, steps = transform(sentence, names, args.seed, index, order)
         if is_conllu:
-            yield from conllu_lines(sentence, comments)
+            for row in rows:
+                row[9] += f"|Old={row[0]}:{row[6]}:{row[1]}"
+            for _, places, _ in steps:
+                rows = [rows[old] for old in places]
+            yield from conllu_lines(derived, rows, comments)
         else:
-            yield " ".join(sentence.words)
+            yield " ".join(derived.words)
 
 def restore_file(args):
     for block in blocks_of(read_lines(args.file)):
-        sentence, comments = parse_block(block)
-        for row in sentence.rows:
+        _, rows, comments = parse_block(block)
+        for row in rows:
             note = NOTE.fullmatch(row[9])
             if not note:
                 place = block[0][0]
                 raise InputError(f"{place}: MISC without Old=; give a file that transform wrote")
             row[9], row[0], row[6], row[1] = note.groups()
         # The old numbers tell the old order.
-        sentence.rows.sort(key=lambda row: int(row[0]))
-        yield from [*comments, *map("\t".join, sentence.rows), ""]
+        rows.sort(key=lambda row: int(row[0]))
+        yield from [*comments, *map("\t".join, rows), ""]
 
 COMMANDS = {"generate": generate_file, "transform": transform_file, "restore": restore_file}
 
@@ -889,9 +926,7 @@ def guarded(main):
         return main()
     except KeyboardInterrupt:  # The line of a progress bar is ended first.
         status, message = 130, f"\n{name}: interrupted"
-    except OSError as error:
-        status, message = 2, f"{name}: {error.filename}: {error.strerror}; give another path"
-    except (ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
     # After the except clause, since it frees the error's frames: a progress bar closes first.
     print(message, file=sys.stderr)
@@ -900,7 +935,7 @@ def guarded(main):
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("file", nargs="?", default="-", help="text or CoNLL-U; - is standard input")
+    parser.add_argument("file", nargs="?", default="/dev/stdin", help="text or CoNLL-U")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file, or generate's folder")
     parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
     parser.add_argument("--order", help="a treebank whose order syntax imitates")
