@@ -58,10 +58,16 @@ class Inference:
     label: str
 
 # ---------------------------------------------------------------------------------- the language
+# The grammar is in tables: a row has columns with white space between, and only the last one may
+# have spaces inside.
+def parse_table(table, columns):
+    return [line.split(maxsplit=columns - 1) for line in table.strip().splitlines()]
+
 # A phrase is drawn from options, such as "person noun*2 | he", where the whole first one is drawn
 # twice as often. The first name of an option says what the top word of the phrase is, and every
 # name brings the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an
 # option of that is drawn in its turn. "PART:to" is a word and its tag.
+# As for the others, "finite aside end" is a clause with what may stand aside and what ends it.
 #
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
@@ -74,23 +80,24 @@ class Inference:
 # A tag must not be guessable without its word. In natural text the tags of both neighbours predict
 # half of the tags, and the word itself predicts nine in ten. So words have several tags, and much
 # may be left out or stand elsewhere. Still order tells: reversed, the sentences look like no other.
-PHRASES = {
-    "sentence": "finite aside end*9 | thing noun aside end",
-    "finite": "verb subject tense adverbials*6 | adjective paired subject being adverbials",
-    "relative": "verb tense adverbials as-subject*3 | act subject tense adverbials as-object*2",
-    "verb": "affect*5 | act*4 | give*4 | say*2",
-    "agent": "person noun*4 | thing noun*2 | he*4 | PER | ORG-of",
-    "object": "thing noun*3 | idea noun*2 | person noun*2 | place noun | him*3 | PER | ORG"
-    " | amount",
-    "setting": "place noun*3 | thing noun*2 | idea noun | LOC*3 | him*2",
-    "known": "person definite described*2 | thing definite described*2 | place definite described",
-}
+PHRASES = dict(parse_table("""
+    sentence  finite aside end*9 | thing noun aside end
+    finite    verb subject tense adverbials*6 | adjective paired subject being adverbials
+    relative  verb tense adverbials as-subject*3 | act subject tense adverbials as-object*2
+    verb      affect*5 | act*4 | give*4 | say*2
+    agent     person noun*4 | thing noun*2 | he*4 | PER | ORG-of
+    object    thing noun*3 | idea noun*2 | person noun*2 | place noun | him*3 | PER | ORG | amount
+    setting   place noun*3 | thing noun*2 | idea noun | LOC*3 | him*2
+    known     person definite described*2 | thing definite described*2 | place definite described
+""", columns=2))
 # What a name brings: the chance of a dependent, where it may stand, its relation, marks, options.
 # Its place is drawn from signs: `[` before the whole phrase so far, `<` just before the top word,
 # `>` just after it, `]` at the end. The marks: `repeats`, it may come several times; `agrees`, it
 # takes its number from the head; `nests`, such a phrase may have others in it, and so it is the
 # rarer the deeper. Rows are tried from the top: what sets a number stands before what takes it.
-DEPENDENTS = """
+# As an example, "noun 0.44 [ det agrees determiner" says that 44 in 100 nouns have a determiner, in
+# front of what they have by then, with the relation `det`, and plural if the noun is.
+DEPENDENTS = parse_table("""
     affect      1     ]]]]][  obj           -             object
     give        0.3   >       iobj          -             person noun*2 | him
     give        1     ]]]]][  obj           -             object
@@ -139,55 +146,53 @@ DEPENDENTS = """
     definite    0.5   [       det           agrees        DET:the
     described   1     <       amod          -             adjective
     end         1     ]       punct         -             PUNCT:.*6 | PUNCT:! | PUNCT:?
-"""
-RULES = [line.split(maxsplit=5) for line in DEPENDENTS.strip().splitlines()]
-# The words of a closed class: the tag and the words, frequent ones first, after a stroke those for
-# a plural.
-CLOSED_CLASSES = {
-    "determiner": "DET:the a this that every some no another each any|the all some these no those",
-    "he": "PRON:it he she this that someone one | they we you these all some many those",
-    "him": "PRON:it him her that this one nothing | them us you all these some those",
-    "his": "PRON:its his her one's | their our your",
-    "who": "PRON:that who which",
-    "be": "AUX:is was | are were",
-    "have": "AUX:has had | have had",
-    "do": "AUX:does did | do did",
-    "modal": "AUX:will can would must may could should might",
-    "adposition": "ADP:of in to with on for at from by about like over under after near before"
-    " since",
-    "particle": "ADP:up out off down over in on around by past",
-    "subordinator": "SCONJ:if because when after while since before as until like though so",
-    "conjunction": "CCONJ:and or but yet nor so",
-    "free": "ADV:then now when so there still how never just once too before well soon around",
-    "degree-word": "ADV:very so too quite more almost rather just even",
-    "interjection": "INTJ:oh well no yes so please look right",
-    "negation": "PART:not never hardly scarcely barely seldom rarely nowhere neither",
-    "number": "NUM:two 3 ten four 12 seven 5 one 40 six 1984 nine 100",
-    "amount": "SYM:% $ £",
-    "ORG-of": "PROPN:University Bank Museum",
-}
-# The words of an open class are made of syllables: the tag, how many words a topic has, whose stems
-# they share, and the endings of a word's forms, where `-` is none: the two numbers of nouns; -s,
-# base, -ed and -ing of verbs. What one does with a hammer is to hammer, and an adverb of manner is
-# an adjective and -ly. The names of classes of names begin with the type of entity that they are.
-OPEN_CLASSES = {
-    "person": "NOUN 8 person - s",
-    "thing": "NOUN 10 thing - s",
-    "place": "NOUN 6 place - s",
-    "idea": "NOUN 8 idea - s",
-    "act": "VERB 7 act s - ed ing",
-    "affect": "VERB 5 thing s - ed ing",
-    "give": "VERB 6 give s - ed ing",
-    "say": "VERB 4 say s - ed ing",
-    "adjective": "ADJ 12 adjective -",
-    "participle": "ADJ 5 affect ed",
-    "manner": "ADV 12 adjective ly",
-    "fast": "ADV 5 adjective -",
-    "PER": "PROPN 10 PER -",
-    "LOC": "PROPN 8 LOC -",
-    "ORG": "PROPN 6 ORG -",
-    "surname": "PROPN 8 LOC -",
-}
+""", columns=6)
+# The tag of a closed class and its words, frequent ones first, after a stroke those for a plural.
+CLOSED_CLASSES = dict(parse_table("""
+    determiner    DET:the a this that every some no another each any|the all some these no those
+    he            PRON:it he she this that someone one | they we you these all some many those
+    him           PRON:it him her that this one nothing | them us you all these some those
+    his           PRON:its his her one's | their our your
+    who           PRON:that who which
+    be            AUX:is was | are were
+    have          AUX:has had | have had
+    do            AUX:does did | do did
+    modal         AUX:will can would must may could should might
+    adposition    ADP:of in to with on for at from by about like over under after near before since
+    particle      ADP:up out off down over in on around by past
+    subordinator  SCONJ:if because when after while since before as until like though so
+    conjunction   CCONJ:and or but yet nor so
+    free          ADV:then now when so there still how never just once too before well soon around
+    degree-word   ADV:very so too quite more almost rather just even
+    interjection  INTJ:oh well no yes so please look right
+    negation      PART:not never hardly scarcely barely seldom rarely nowhere neither
+    number        NUM:two 3 ten four 12 seven 5 one 40 six 1984 nine 100
+    amount        SYM:% $ £
+    ORG-of        PROPN:University Bank Museum
+""", columns=2))
+# The words of an open class are made of syllables. The columns are the tag, how many words a topic
+# has, whose stems they share, and the endings of a word's forms, where `-` is none. These are
+# the two numbers of nouns, and -s, base, -ed and -ing of verbs. What one does with a hammer is to
+# hammer, and an adverb of manner is an adjective and -ly. A class of proper nouns begins with the
+# type of entity that they are.
+OPEN_CLASSES = dict(parse_table("""
+    person        NOUN  8   person     - s
+    thing         NOUN  10  thing      - s
+    place         NOUN  6   place      - s
+    idea          NOUN  8   idea       - s
+    act           VERB  7   act        s - ed ing
+    affect        VERB  5   thing      s - ed ing
+    give          VERB  6   give       s - ed ing
+    say           VERB  4   say        s - ed ing
+    adjective     ADJ   12  adjective  -
+    participle    ADJ   5   affect     ed
+    manner        ADV   12  adjective  ly
+    fast          ADV   5   adjective  -
+    PER           PROPN 10  PER        -
+    LOC           PROPN 8   LOC        -
+    ORG           PROPN 6   ORG        -
+    surname       PROPN 8   LOC        -
+""", columns=2))
 TOPICS = 24  # A sentence mostly keeps to the words of one: words are known by their company too.
 SYLLABLES = [
     "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
@@ -261,14 +266,14 @@ def make_word(rng, topic, name, deprel, head, marks):  # Returns the top word of
         # Most classes have no stroke and one list, which is the first and the last.
         words = words.split("|")[-1 if plural else 0].split()
         forms, company = [words[zipf(rng, len(words))]], 0
-    # A name is never plural, as its verb shows.
+    # A proper noun is singular, and so is its verb.
     if upos == "PROPN":
         plural = False
     depth = head.depth + 1 if "nests" in marks else head.depth
     return Node(name, upos, deprel, head, topic, depth, plural, forms, company)
 
-# Returns the words of a random phrase. A dependent is a phrase of its own, whose words stay side by
-# side, so the trees are projective.
+# Returns the words of a random phrase: a top word, and for each dependent a phrase of its own. The
+# words of a phrase stay side by side, so the trees are projective.
 def make_phrase(rng, topic, options, deprel, head, marks=""):
     # Options lead to options until the first name is a class or a word.
     names = rng.choice(parse_options(options))
@@ -276,7 +281,7 @@ def make_phrase(rng, topic, options, deprel, head, marks=""):
         names = rng.choice(parse_options(PHRASES[names[0]])) + names[1:]
     top = make_word(rng, topic, names[0], deprel, head, marks)
     nodes = [top]
-    for name, chance, places, deprel_below, marks_below, options_below in RULES:
+    for name, chance, places, deprel_below, marks_below, options_below in DEPENDENTS:
         chance = float(chance) if name in names else 0
         if "nests" in marks_below:
             chance *= 0.6**top.depth
@@ -287,22 +292,22 @@ def make_phrase(rng, topic, options, deprel, head, marks=""):
             nodes[at:at] = phrase
             if "repeats" not in marks_below:
                 break
-    # A name is one entity with what belongs to it, but not with what joins it to the rest.
+    # A proper noun is one entity with all of its phrase but what joins that to the rest.
     if top.upos == "PROPN":
         prefix = "B-"
         for node in nodes:
             if node.head is not top or node.deprel not in ("case", "cc", "punct"):
                 node.entity = prefix + top.name[:3]
                 prefix = "I-"
-    # A verb has the number of its subject, and what is counted is plural.
+    # What this word does to its head: a verb has the number of its subject, what is counted is
+    # plural, and an auxiliary decides the form of its verb.
     if deprel == "nsubj":
         head.plural = top.plural
     if deprel == "nummod":
         head.plural = True
-    # An auxiliary decides the form of its verb.
     head.form = VERB_FORMS.get(top.name, head.form)
-    # The dependents have done the same to this word. A verb that has no auxiliary is present or
-    # past.
+    # Its dependents have done the same to this word, and so its own form can be chosen only now. A
+    # verb without an auxiliary is present or past.
     if top.form == BY_NUMBER:
         past = top.upos == "VERB" and rng.random() < 0.45
         top.form = PAST if past else int(top.plural)
@@ -351,17 +356,18 @@ def generate_inferences(n, seed=0):
     rng = random.Random(f"inference {seed}")
     for number in range(n):
         label = INFERENCES[number % 3]
-        # "the old dog has not sharp teeth ." is made, said as the premise, and then changed.
+        # The premise is of the kind "the old dogs never chase small cats ." Then the words that it
+        # is made of are changed, and they are the hypothesis.
         nodes = make_clause(rng, "act claim")
         premise = make_sentence(nodes)
-        adjectives = [node for node in nodes if node.upos == "ADJ"]  # one for each of two nouns
+        adjectives = [node for node in nodes if node.upos == "ADJ"]  # one of each noun, of two
         negations = [node for node in nodes if node.deprel == "advmod"]
         noun = rng.choice(adjectives).head
         if label == "entailment":
             # Rank 0 is the most frequent.
             noun.forms, _ = open_word(noun.name, noun.topic, 0)
         elif label == "neutral":
-            # The new adjective is not among those that may be left out below.
+            # It is taken from the list, as it must not be left out below.
             new = adjectives.pop(rng.randrange(2))
             while new.forms[0] in premise.words:
                 new.forms, _ = open_word("adjective", new.topic, zipf(rng, 12))
@@ -407,7 +413,8 @@ def move_entities(tags, places):
     numbers, entity, previous = [], 0, "O"
     for tag in tags:
         # An I- tag that continues nothing of its type begins an entity, as in CoNLL-2003.
-        entity += tag.startswith("B-") or tag[1:] != previous[1:]
+        if tag.startswith("B-") or tag[1:] != previous[1:]:
+            entity += 1
         numbers.append(entity)
         previous = tag
     # Neighbours that were of one entity are so still.
@@ -431,15 +438,17 @@ def restore_word(word):
 
 MARK = r"[\p{Sentence_Terminal}…]"  # in any script
 
+def is_final_mark(word):  # in either script
+    with suppress(InputError):
+        word = restore_word(word)
+    return regex.fullmatch(f"{MARK}+", word)
+
 def inverted_order(sentence, **context):
-    """The words in reverse, but for the mark that ends the sentence, in either script. The authors
+    """The words in reverse, but for the mark that ends the sentence. The authors
     keep '.', '!' and '?' last; here it is the marks of all scripts, and '...' and '?!' too. An
     entity of three words comes out as one, its words in reverse and its tags B, I, I again."""
     places = list(range(len(sentence.words)))[::-1]
-    last = "".join(sentence.words[-1:])
-    with suppress(InputError):
-        last = restore_word(last)
-    if regex.fullmatch(f"{MARK}+", last):
+    if places and is_final_mark(sentence.words[-1]):
         places.append(places.pop(0))
     return places
 
@@ -454,33 +463,33 @@ def permuted_order(sentence, seed, index, **context):
 # nouns and verbs in the order of another language. Its model is simpler, as it only counts pairs.
 # Under a noun, how often did an adjective that is an `amod` come before the noun itself? That is
 # the count of "NOUN amod/ADJ head/NOUN". The same is counted without tags, "NOUN amod head".
-SOV_ROWS = {
+SOV_FAMILIES = {
     "VERB": "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
     "NOUN": "cc acl det nmod compound head flat amod nummod case cop aux mark conj",
 }
 # A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
 SOV = {
     f"{kind} {first} {second}": 1
-    for kind, row in SOV_ROWS.items()
-    for first, second in combinations(row.split(), 2)
+    for kind, family in SOV_FAMILIES.items()
+    for first, second in combinations(family.split(), 2)
 }
 
-# Yields the rows of nouns and verbs. A row is a head and its dependents from left to right, with
-# what each is: 1, "NOUN", {0: "amod/ADJ", 1: "head/NOUN"}. Punctuation does not move and is left
-# out, and so are the subtypes of relations, as treebanks differ in them.
-def moving_rows(sentence):
+# Yields the families of nouns and verbs. A family is a head and its dependents, from left to right,
+# with what each is: 1, "NOUN", {0: "amod/ADJ", 1: "head/NOUN"}. Punctuation does not move and is
+# left out, and so are the subtypes of relations, as treebanks differ in them.
+def families(sentence):
     if None in (sentence.upos, sentence.heads, sentence.deprels):
         raise InputError("syntax needs tags and trees; give CoNLL-U that has UPOS, HEAD and DEPREL")
-    rows = defaultdict(dict)
+    members = defaultdict(dict)
     for word, upos in enumerate(sentence.upos):
-        rows[word][word] = f"head/{upos}"
+        members[word][word] = f"head/{upos}"
         relation = sentence.deprels[word].partition(":")[0]
         if relation != "punct":
-            rows[sentence.heads[word] - 1][word] = f"{relation}/{upos}"
+            members[sentence.heads[word] - 1][word] = f"{relation}/{upos}"
     for head, upos in enumerate(sentence.upos):
         kind = upos.replace("PROPN", "NOUN")
-        if kind in SOV_ROWS:
-            yield head, kind, rows[head]
+        if kind in SOV_FAMILIES:
+            yield head, kind, members[head]
 
 def without_tag(label):
     return label.partition("/")[0]
@@ -489,21 +498,22 @@ def learn_order(sentences):
     """Learns the order model of a treebank's language. JSON can keep it."""
     model = Counter()
     for sentence in sentences:
-        for _, kind, row in moving_rows(sentence):
-            for first, second in combinations(row.values(), 2):
+        for _, kind, family in families(sentence):
+            for first, second in combinations(family.values(), 2):
                 model[f"{kind} {first} {second}"] += 1
                 model[f"{kind} {without_tag(first)} {without_tag(second)}"] += 1
     return model
 
-def lead(model, kind, one, other):  # Returns how much oftener `one` came first than `other` did.
+# Returns how much more often `one` came before `other` than after it.
+def lead(model, kind, one, other):
     return model.get(f"{kind} {one} {other}", 0) - model.get(f"{kind} {other} {one}", 0)
 
-# Returns the words of a row in the order of the model's language. A word gets a point for every
+# Returns the words of a family in the order of the model's language. A word gets a point for every
 # other one that it leads, and loses one for every other one that leads it. The words are sorted by
 # their points, and equals keep their order.
-def arrange(model, kind, row):
+def arrange(model, kind, family):
     # A head may have hundreds of dependents, but these are of few sorts.
-    sizes, points = Counter(row.values()), Counter()
+    sizes, points = Counter(family.values()), Counter()
     for one in sizes:
         for other, size in sizes.items():
             # With tags more is known, but not of all pairs.
@@ -511,29 +521,32 @@ def arrange(model, kind, row):
             if found == 0:
                 found = lead(model, kind, without_tag(one), without_tag(other))
             points[one] += size * np.sign(found)
-    return sorted(row, key=lambda word: -points[row[word]])
+    return sorted(family, key=lambda word: -points[family[word]])
 
 def syntax_order(sentence, order, **context):
-    """The dependents of nouns and verbs in the order of the model's language. Subtrees move as
-    wholes, and one with gaps is drawn together. Punctuation keeps its place in its row, so that a
+    """The dependents of nouns and verbs in the order of the model's language. A subtree moves as a
+    whole, and one with gaps is drawn together. Punctuation keeps its place in its family, so that a
     final '.' stays final."""
-    # A word's place in a row, the row of its head or its own, is where it stands in the sentence.
-    # Those that move get each other's places. The key is the head of the row and the word.
+    # places[head, word] is the place that a word gets in the family of a head, out of those that
+    # the words of the family have now. "red house" has 0 and 1: if adjectives follow nouns,
+    # places[1, 1] is 0 and places[1, 0] is 1. A word that keeps its place may be left out.
     places = {}
-    for head, kind, row in moving_rows(sentence):
-        for place, word in zip(row, arrange(order, kind, row), strict=True):
+    for head, kind, family in families(sentence):
+        for place, word in zip(family, arrange(order, kind, family), strict=True):
             places[head, word] = place
 
-    def path(word):  # Returns the word's place in its own row, after those of all that it is below.
+    # Returns the places on the way down from the root, one a family: that of the root's head, 0 in
+    # CoNLL-U and -1 here, and so on to the word's own family, in which it is the head.
+    def path(word):
         found = [places.get((word, word), word)]
-        while word >= 0:  # The head of the root is -1.
+        while word >= 0:
             head = sentence.heads[word] - 1
             found.append(places.get((head, word), word))
             word = head
         return found[::-1]
 
-    # Of two lists the first elements that differ are compared. Here these are two places in one
-    # row, the one where the ways from the root to two words part.
+    # Python compares lists by their first elements that differ. Those are places in the one family
+    # where the ways to two words part.
     return sorted(range(len(sentence.words)), key=path)
 
 # A fifth one that moves words is a row here and a function. Spelling is another matter: train.py
@@ -575,6 +588,30 @@ def restore(sentence, steps):
     return sentence
 
 # ----------------------------------------------------------------------------------- the readers
+# Yields (where, line) of a UTF-8 file: "file:number" and the line without its end. A byte order
+# mark at the beginning is dropped.
+def read_lines(path):
+    with open(path, "rb") as file:
+        # Bytes are split at "\n" alone: text may hold other characters that end lines.
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise InputError(
+                    f"{where}: bytes that are not UTF-8; convert the file to UTF-8"
+                ) from None
+            yield where, text.rstrip("\r\n")
+
+def nonempty(path, sentences):  # Yields the sentences that have words. One of them must.
+    empty = True
+    for sentence in sentences:
+        if sentence.words:
+            yield sentence
+            empty = False
+    if empty:
+        raise InputError(f"{path}: empty; give a file with at least one sentence")
+
 # Words are those of Unicode's word boundaries, `(?w)\b`, which keep vowel signs and joiners with
 # their letters and split Han one by one. In addition these are one word:
 WORD = regex.compile(
@@ -599,52 +636,6 @@ SENTENCE = regex.compile(
     | .+
     """
 )
-# What parts sentences: a blank line, or in CoNLL-2003 the beginning of a document.
-BLANK = regex.compile(r"\s*$|-DOCSTART-")
-# The columns of CoNLL-U with the labels of a Sentence, and an item of the last column, MISC.
-# Treebanks with other annotation under this name have other values.
-LABEL_COLUMNS = {"upos": 3, "heads": 6, "deprels": 7}
-ENTITY = regex.compile(r"(?:^|\|)Entity=(O|[BI]-[^|]+)")
-# An old Mac's file is one line, and no comment.
-COMMENT = regex.compile(r"#[^\r]*")
-# Rows of a word and its tag: after the number of the word or first in the row, and with the tag
-# right after the word or last. Universal NER has `-` where it should be O.
-BIO_ROWS = [
-    r"\d+\t([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",
-    r"\d+\t([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",
-    r"([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",
-    r"([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",
-]
-# The columns of pairs by what else they are called. A gold label overrules those of annotators.
-COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
-           "gold_label": "label"}  # fmt: skip
-# What else the labels are called. Annotators did not agree on a pair with `-`.
-LABELS = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-", "": "-",
-          "contradictory": "contradiction"}  # fmt: skip
-
-# Yields pairs of "file:line" and that line, without its end, of a UTF-8 file. A byte order mark at
-# the beginning is dropped.
-def read_lines(path):
-    with open(path, "rb") as file:
-        # Bytes are split at "\n" alone: text may hold other characters that end lines.
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise InputError(
-                    f"{place}: bytes that are not UTF-8; convert the file to UTF-8"
-                ) from None
-            yield place, text.rstrip("\r\n")
-
-def nonempty(path, sentences):  # Yields the sentences that have words. One of them must.
-    empty = True
-    for sentence in sentences:
-        if sentence.words:
-            yield sentence
-            empty = False
-    if empty:
-        raise InputError(f"{path}: empty; give a file with at least one sentence")
 
 def read_text(path):
     """The sentences of a plain text: words only. The text may have any length."""
@@ -655,16 +646,26 @@ def split_text(lines):
         for text in SENTENCE.findall(line):
             yield Sentence(WORD.findall(text))
 
-def blocks_of(lines):  # Yields what stands between blank lines, as lists of (place, line).
+# What parts sentences: a blank line, or in CoNLL-2003 the beginning of a document.
+BLANK = regex.compile(r"\s*$|-DOCSTART-")
+
+def blocks_of(lines):  # Yields what stands between blank lines, as lists of (where, line).
     for filled, block in groupby(lines, lambda pair: not BLANK.match(pair[1])):
         if filled:
             yield list(block)
+
+# The columns of CoNLL-U that hold a Sentence's labels, counted from 0.
+LABEL_COLUMNS = {"upos": 3, "heads": 6, "deprels": 7}
+# An item of the last one, MISC. Treebanks with other annotation under this name have other values.
+ENTITY = regex.compile(r"(?:^|\|)Entity=(O|[BI]-[^|]+)")
+# An old Mac's file is one line, and no comment.
+COMMENT = regex.compile(r"#[^\r]*")
 
 # Returns the Sentence of a block of CoNLL-U, also if it has no words; its rows of ten columns; and
 # its comments.
 def parse_block(block):
     rows, comments = [], []
-    for place, line in block:
+    for where, line in block:
         columns = line.split("\t")
         if COMMENT.fullmatch(line):
             comments.append(line)
@@ -673,26 +674,26 @@ def parse_block(block):
         # Multi-word tokens, "3-4", and empty nodes, "3.1", are no words.
         elif len(columns) != 10 or not regex.fullmatch(r"\d+[-.]\d+", columns[0]):
             raise InputError(
-                f"{place}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
+                f"{where}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
                 "with a blank line at the end, in 10 columns split by tabs"
             )
-    place = block[0][0]
+    where = block[0][0]
     sentence = Sentence([row[1] for row in rows])
     # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
     if len(rows) > 1 and set(sentence.words) == {"_"}:
-        raise InputError(f"{place}: the text has been taken out; get it from its publisher")
+        raise InputError(f"{where}: the text has been taken out; get it from its publisher")
     for name, column in LABEL_COLUMNS.items():
         labels = [row[column] for row in rows]
         if set(labels) != {"_"}:  # Such a column is absent.
             setattr(sentence, name, labels)
     if sentence.heads:
-        sentence.heads = parse_heads(sentence.heads, place)
+        sentence.heads = parse_heads(sentence.heads, where)
     tags = [ENTITY.search(row[9]) for row in rows]
     if any(tags):
         sentence.entities = [tag[1] if tag else "O" for tag in tags]
     return sentence, rows, comments
 
-def parse_heads(column, place):  # Returns heads as numbers. They must be a tree.
+def parse_heads(column, where):  # Returns heads as numbers. They must be a tree.
     numbers = {str(number): number for number in range(len(column) + 1)}
     # What is no number of a word becomes a cycle, the word being its own head, and so is refused.
     heads = [numbers.get(head, word) for word, head in enumerate(column, start=1)]
@@ -703,7 +704,7 @@ def parse_heads(column, place):  # Returns heads as numbers. They must be a tree
         reached = above[reached]
     if reached.any() or heads.count(0) != 1:
         raise InputError(
-            f"{place}: no tree; let heads be numbers of words and lead to one, whose head is 0"
+            f"{where}: no tree; let heads be numbers of words and lead to one, whose head is 0"
         )
     return heads
 
@@ -730,22 +731,32 @@ def looks_like_conllu(path):
     """Whether a file is CoNLL-U, by its content. What this reads of a pipe is gone afterwards."""
     return peek(read_lines(path))[0]
 
+# The forms that a row of a word and its tag may have. Universal NER has `-` where it should be O.
+BIO_ROWS = [
+    r"\d+\t([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",  # 1 Ana B-PER - -
+    r"\d+\t([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",  # 1 Ana NNP B-NP B-PER
+    r"([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",  # Ana B-PER NNP
+    r"([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",  # Ana NNP B-NP B-PER
+]
+
 def read_bio(path):
     """The sentences of a file with a word and its entity tag a line, as in CoNLL-2003 (`word ...
     tag`), Universal NER (`index word tag ...`) and others: the tag is in the column after the word
     if that holds tags, else in the last one. `-` is O. An I- that continues nothing becomes B-."""
-    return nonempty(path, bio_sentences(list(blocks_of(tab_columns(read_lines(path))))))
+    blocks = list(blocks_of(tab_columns(read_lines(path))))
+    return nonempty(path, bio_sentences(blocks))
 
 # Yields the lines with tabs between their columns, where spaces may have been. Other white space
 # belongs to the words.
 def tab_columns(lines):
-    for place, line in lines:
+    for where, line in lines:
         row = line.rstrip(" \t")
-        yield place, row if "\t" in row else regex.sub(" +", "\t", row.lstrip(" "))
+        yield where, row if "\t" in row else regex.sub(" +", "\t", row.lstrip(" "))
 
 def bio_sentences(blocks):
-    # What a column holds is a matter of the file and not of a row: a hundred sentences tell. The
-    # form of rows is the one that finds most tags. A column of nothing but `-` has none.
+    # What a column holds is a matter of the file and not of a row, where a number may be a word. A
+    # hundred sentences tell: their form is the one that finds most tags. A column of nothing but
+    # `-` has none.
     found = Counter()
     for _, line in chain(*blocks[:100]):
         for form in BIO_ROWS:
@@ -755,7 +766,7 @@ def bio_sentences(blocks):
     form = max(BIO_ROWS, key=lambda form: found[form])
     for block in blocks:
         words, tags = [], []
-        for place, line in block:
+        for where, line in block:
             row = regex.fullmatch(form, line)
             if row:
                 words.append(row[1])
@@ -763,64 +774,74 @@ def bio_sentences(blocks):
             # A `#` with a tag is a word, and without one it begins a comment.
             elif not line.startswith("#"):
                 raise InputError(
-                    f"{place}: {line!r}; give a word and O, B-X or I-X, for the schemes IOBES and "
+                    f"{where}: {line!r}; give a word and O, B-X or I-X, for the schemes IOBES and "
                     "BILOU and tags without a type are not read"
                 )
         # In the same order: this makes B- of an I- that continues nothing.
         yield Sentence(words, entities=move_entities(tags, range(len(tags))))
 
-# Yields (place, row) of a tab-separated table with a header, in which quotes are text, or of JSON:
+# The columns of pairs by what else they are called. A gold label overrules those of annotators.
+COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
+           "gold_label": "label"}  # fmt: skip
+# What else the labels are called. Annotators did not agree on a pair with `-`.
+LABELS = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-", "": "-",
+          "contradictory": "contradiction"}  # fmt: skip
+
+# Yields (where, row) of a tab-separated table with a header, in which quotes are text, or of JSON:
 # an object a line, or one array of objects, or one object.
 def rows_of_pairs(path):
-    lines = [(place, line) for place, line in read_lines(path) if line.strip()]
+    lines = [(where, line) for where, line in read_lines(path) if line.strip()]
     header = lines[0][1] if lines else ""
     if not regex.match(r"\s*[\[{]", header):
         names = header.split("\t")
-        for place, line in lines[1:]:
+        for where, line in lines[1:]:
             cells = line.split("\t")
             if len(cells) != len(names):
                 raise InputError(
-                    f"{place}: {len(cells)} columns, unlike the header; mend the line"
+                    f"{where}: {len(cells)} columns, unlike the header; mend the line"
                 )
-            yield place, dict(zip(names, cells, strict=True))
+            yield where, dict(zip(names, cells, strict=True))
         return
     # JSON that does not end with its line goes on to the end of the file.
     if not regex.match(r"\s*\{.*\}\s*$", header):
         lines = [(path, "\n".join(line for _, line in lines))]
-    for place, line in lines:
+    for where, line in lines:
         try:
             items = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{place}: no JSON, {error}; mend the line") from None
-        if isinstance(items, dict):
+            raise InputError(f"{where}: no JSON, {error}; mend the line") from None
+        if not isinstance(items, list):
             items = [items]
         for number, item in enumerate(items, start=1):
-            yield f"{place}: item {number}", item
+            yield f"{where}: item {number}", item
 
 def read_inferences(path, language="en"):
     """The pairs in one language of a file of MNLI, XNLI or an export of them: a tab-separated table
     with a header, or JSON. Pairs without a gold label are left out."""
     empty = True
-    for place, row in rows_of_pairs(path):
+    for where, row in rows_of_pairs(path):
         try:
             if row.get("language", language) != language:
                 continue
-            for name in COLUMNS.keys() & row:
-                row[COLUMNS[name]] = row[name]
+            for name, usual in COLUMNS.items():
+                if name in row:
+                    row[usual] = row[name]
+            # Half of a surrogate pair, as in "\\ud83d", has no encoding.
+            (row["premise"] + row["hypothesis"]).encode()
             premise = Sentence(WORD.findall(row["premise"]))
             hypothesis = Sentence(WORD.findall(row["hypothesis"]))
             label = str(row["label"]).lower()
-        except (AttributeError, TypeError, KeyError):
+        except (AttributeError, TypeError, KeyError, UnicodeError):
             raise InputError(
-                f"{place}: no text; give columns premise, hypothesis and label"
+                f"{where}: no text; give columns premise, hypothesis and label"
             ) from None
         label = LABELS.get(label, label)
         if label == "-":
             continue
         if label not in INFERENCES:
-            raise InputError(f"{place}: label {label!r}; give {', '.join(INFERENCES)} or -")
-        if not (premise.words and hypothesis.words):
-            raise InputError(f"{place}: a sentence without words; mend or remove the line")
+            raise InputError(f"{where}: label {label!r}; give {', '.join(INFERENCES)} or -")
+        if not premise.words or not hypothesis.words:
+            raise InputError(f"{where}: a sentence without words; mend or remove the line")
         yield Inference(premise, hypothesis, label)
         empty = False
     if empty:
@@ -838,7 +859,7 @@ def read_inferences(path, language="en"):
 # An entity tag stands in front, so that "_" becomes "Entity=B-PER|_|Old=3:0:sings".
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
-# Yields the lines of a sentence in CoNLL-U. What a Sentence has takes its place in the rows.
+# Yields the lines of a sentence in CoNLL-U. What a Sentence has is written into the rows.
 def conllu_lines(sentence, rows, comments):
     yield from comments
     for number, row in enumerate(rows):
@@ -885,8 +906,8 @@ def restore_file(args):
         for row in rows:
             note = NOTE.fullmatch(row[9])
             if not note:
-                place = block[0][0]
-                raise InputError(f"{place}: MISC without Old=; give a file that transform wrote")
+                where = block[0][0]
+                raise InputError(f"{where}: MISC without Old=; give a file that transform wrote")
             row[9], row[0], row[6], row[1] = note.groups()
         # The old numbers tell the old order.
         rows.sort(key=lambda row: int(row[0]))

@@ -55,7 +55,7 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ("synth_lang.py", "np.argsort([-1, *places])[moved.heads]", "np.array([0, *places])[moved.heads]"),
     ("synth_lang.py", "in reversed(steps)", "in steps"),
     ('synth_lang.py', 'random.Random(f"{seed}/{index}")', 'random.Random(f"{seed}")'),
-    ("synth_lang.py", "sorted(items, key=lambda word: -wins[items[word]])", "sorted(items, key=lambda word: wins[items[word]])"),
+    ("synth_lang.py", "sorted(family, key=lambda word: -points[family[word]])", "sorted(family, key=lambda word: points[family[word]])"),
     ("synth_lang.py", "chr(0x2800 + byte)", "chr(0x2800 + byte % 128)"),
     ("kernels/alignment.py", "gradient + j * D + d, (cosine * unit_j - unit_i)", "gradient + j * D + d, (cosine * unit_j + unit_i)"),
     ("kernels/alignment.py", "tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-16)", "tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-2)"),

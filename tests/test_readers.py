@@ -231,7 +231,7 @@ def test_the_language_of_pairs_is_chosen(write):
     path = write(table(("Eine Katze", "Ein Hund", "neutral", "de"), names=(*NAMES, "language")))
     (pair,) = sl.read_inferences(path, language="de")
     assert pair.premise.words == ["Eine", "Katze"]
-    with pytest.raises(InputError, match=r"pair in language 'en'; choose one of \['de'\]"):
+    with pytest.raises(InputError, match="pair in language 'en'; give another language or"):
         list(sl.read_inferences(path))
 
 # -------------------------------------------------------------------------------- what is refused
@@ -286,10 +286,10 @@ def refused(reader, path):
         ("inferences", json.dumps(OBJECT) + "\n{", ":2", "no JSON"),
         ("inferences", json.dumps([{**OBJECT, "sentence1": None}]), ": item 1", "no text"),
         ("inferences", "[\n7]", ": item 1", "give columns"),
-        ("inferences", "[" * 99_999, "", "no JSON"),
         ("inferences", "[\n7,\n}]", "", "no JSON, Expecting value: line 3"),
         ("inferences", '{"x": ' + "1" * 5000 + "}", ":1", "no JSON"),
-        ("inferences", json.dumps({**OBJECT, "sentence1": "A \ud83d"}), ":1", "no text"),
+        ("inferences", json.dumps(OBJECT) + "\n7", ":2: item 1", "no text"),
+        ("inferences", json.dumps({**OBJECT, "sentence1": "A \ud83d"}), ":1: item 1", "no text"),
     ],
 )  # fmt: skip
 def test_what_is_refused(write, reader, text, place, message):
@@ -304,8 +304,9 @@ def test_missing_and_empty_files(write, reader, tmp_path):
     comments = ["# comment\n\n# another\n"] if reader in ("conllu", "bio") else []
     for text in ["", "\n \n", "\ufeff", *comments]:
         assert "empty" in refused(reader, write(text))
-    assert "No such file" in refused(reader, tmp_path / "none")
-    assert "directory" in refused(reader, tmp_path)
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(OSError, match=r"No such file|Is a directory"):
+            read(reader, path)
 
 @pytest.mark.parametrize("reader", GOOD)
 @settings(max_examples=150)
