@@ -695,10 +695,11 @@ def parse_block(block):
 
 def parse_heads(column, where):  # Returns heads as numbers. They must be a tree.
     numbers = {str(number): number for number in range(len(column) + 1)}
-    # What is no number of a word becomes a cycle, the word being its own head, and so is refused.
+    # Where the head is no number of a word, the word itself stands in for it: that is a cycle, and
+    # refused like others.
     heads = [numbers.get(head, word) for word, head in enumerate(column, start=1)]
-    # The head of the head of ... a word is at last 0, after as many steps as there are words. Only
-    # in cycles and below them it is not.
+    # From each word one step up to its head, then to the head of that, and so on. After as many
+    # steps as there are words all have reached 0, except in cycles and below them.
     above = reached = np.array([0, *heads])
     for _ in heads:
         reached = above[reached]
@@ -780,7 +781,7 @@ def bio_sentences(blocks):
         # In the same order: this makes B- of an I- that continues nothing.
         yield Sentence(words, entities=move_entities(tags, range(len(tags))))
 
-# The columns of pairs by what else they are called. A gold label overrules those of annotators.
+# What else the columns of pairs are called. A gold label overrules those of single annotators.
 COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
            "gold_label": "label"}  # fmt: skip
 # What else the labels are called. Annotators did not agree on a pair with `-`.
@@ -802,7 +803,7 @@ def rows_of_pairs(path):
                 )
             yield where, dict(zip(names, cells, strict=True))
         return
-    # JSON that does not end with its line goes on to the end of the file.
+    # JSON whose first line is not a whole object is one value, which ends where the file does.
     if not regex.match(r"\s*\{.*\}\s*$", header):
         lines = [(path, "\n".join(line for _, line in lines))]
     for where, line in lines:
