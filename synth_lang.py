@@ -567,7 +567,8 @@ def parse_transform(text):
     return names
 
 def transform(sentence, names, seed=0, index=0, order=SOV):
-    """The sentence after the named transformations, one by one, and the steps for `restore`.
+    """The sentence after the named transformations, one by one, and the steps for `restore`. The
+    names are a list, as `parse_transform` gives it.
 
     `permute` depends on seed and index, the sentence's number; `syntax` on the order model.
     """
@@ -957,7 +958,7 @@ def guarded(main):
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("file", nargs="?", default="/dev/stdin", help="text or CoNLL-U")
+    parser.add_argument("file", nargs="?", default="/dev/stdin", help="text or CoNLL-U; else standard input")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file, or generate's folder")
     parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
     parser.add_argument("--order", help="a treebank whose order syntax imitates")
