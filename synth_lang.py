@@ -958,7 +958,7 @@ def guarded(main):
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("file", nargs="?", default="/dev/stdin", help="text or CoNLL-U; else standard input")
+    parser.add_argument("file", nargs="?", default="/dev/stdin", help="not given: a pipe")
     parser.add_argument("-o", "--out", type=Path, required=True, help="file, or generate's folder")
     parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
     parser.add_argument("--order", help="a treebank whose order syntax imitates")
