@@ -67,7 +67,6 @@ def parse_table(table, columns):
 # twice as often. The first name of an option says what the top word of the phrase is, and every
 # name brings the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an
 # option of that is drawn in its turn. "PART:to" is a word and its tag.
-# As for the others, "finite aside end" is a clause with what may stand aside and what ends it.
 #
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
@@ -91,10 +90,10 @@ PHRASES = dict(parse_table("""
     known     person definite described*2 | thing definite described*2 | place definite described
 """, columns=2))
 # What a name brings: the chance of a dependent, where it may stand, its relation, marks, options.
-# Its place is drawn from signs: `[` before the whole phrase so far, `<` just before the top word,
-# `>` just after it, `]` at the end. The marks: `repeats`, it may come several times; `agrees`, it
-# takes its number from the head; `nests`, such a phrase may have others in it, and so it is the
-# rarer the deeper. Rows are tried from the top: what sets a number stands before what takes it.
+# The place is drawn from the signs: `[` before the whole phrase so far, `<` just before the top
+# word, `>` just after it, `]` at the end. The marks: `repeats`, it may come several times;
+# `agrees`, it takes its number from the head; `nests`, such a phrase may have others in it, and so
+# it is the rarer the deeper. Rows are tried from the top: what sets a number stands first.
 # As an example, "noun 0.44 [ det agrees determiner" says that 44 in 100 nouns have a determiner, in
 # front of what they have by then, with the relation `det`, and plural if the noun is.
 DEPENDENTS = parse_table("""
@@ -444,9 +443,9 @@ def is_final_mark(word):  # in either script
     return regex.fullmatch(f"{MARK}+", word)
 
 def inverted_order(sentence, **context):
-    """The words in reverse, but for the mark that ends the sentence. The authors
-    keep '.', '!' and '?' last; here it is the marks of all scripts, and '...' and '?!' too. An
-    entity of three words comes out as one, its words in reverse and its tags B, I, I again."""
+    """The words in reverse, but for the mark that ends the sentence. The authors keep '.', '!' and
+    '?' last; here it is the marks of all scripts, and '...' and '?!' too. An entity of three words
+    comes out as one, its words in reverse and its tags B, I, I again."""
     places = list(range(len(sentence.words)))[::-1]
     if places and is_final_mark(sentence.words[-1]):
         places.append(places.pop(0))
@@ -810,7 +809,7 @@ def rows_of_pairs(path):
     for where, line in lines:
         try:
             items = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: no JSON, {error}; mend the line") from None
         if not isinstance(items, list):
             items = [items]
@@ -949,7 +948,9 @@ def guarded(main):
         return main()
     except KeyboardInterrupt:  # The line of a progress bar is ended first.
         status, message = 130, f"\n{name}: interrupted"
-    except (OSError, ValueError, ArithmeticError) as error:
+    except OSError as error:
+        status, message = 2, f"{name}: {error.filename}: {error.strerror}; give another path"
+    except (ValueError, ArithmeticError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
     # After the except clause, since it frees the error's frames: a progress bar closes first.
     print(message, file=sys.stderr)
