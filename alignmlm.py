@@ -139,13 +139,10 @@ def mask_tokens(tokens, s, rng):
 # ------------------------------------------------------------------------------ the objectives
 # All minimise L_MLM, the masked-language-model loss over both languages. These are their additions.
 def pair_translations(original, derived):
-    """XLM: texts (B, T / 2) and their counterparts side by side, to be masked on both sides.
-    Returns tokens, languages and positions, (B, T) int64 each. Positions start again with the
-    counterpart, so that corresponding words can have the same."""
-    tokens = np.concatenate([original, derived], axis=1)
-    languages = np.concatenate([np.zeros_like(original), np.ones_like(derived)], axis=1)
-    positions = np.tile(np.arange(original.shape[1]), (len(tokens), 2))
-    return tokens, languages, positions
+    """XLM: texts and their counterparts side by side, to be masked on both sides. Each is tokens,
+    languages and positions, (3, B, T / 2) int64. Positions start again with the counterpart, so
+    that corresponding words can have the same."""
+    return np.concatenate([original, derived], axis=2)  # (3, B, T)
 
 def ask_translations(batch, dictionary, s, rng):
     """DICT-MLM: for half of the masked words in D the label becomes the translation. The language

@@ -183,10 +183,12 @@ def prepare(source, s, root):
     return folder
 
 # -------------------------------------------------------------------------------------- batches
-def cut_rows(ids, starts, length):
-    """BOS and `length` - 1 ids from each start on, (starts, length) int64."""
+def cut_rows(ids, starts, length, language):
+    """Rows of BOS and the next `length` - 1 ids from each start on: their tokens, languages and
+    positions, (3, starts, length) int64."""
     places = starts[:, None] + np.arange(length - 1)  # (starts, length - 1)
-    return np.insert(ids[places], 0, BOS, axis=1)
+    tokens = np.insert(ids[places], 0, BOS, axis=1)
+    return np.stack(np.broadcast_arrays(tokens, language, np.arange(length)))
 
 def make_batch(corpus, s, dictionary, step):
     """The Batch of a step: half original and half derived rows; with XLM, half of it is pairs. All
@@ -196,18 +198,18 @@ def make_batch(corpus, s, dictionary, step):
     objective = OBJECTIVES[s.objective]
     length = SHORT_ROW if step < s.short_steps else s.positions
     rows = s.batch * s.positions // length  # so that every batch has as many tokens
-    parts = []  # of tokens, languages and positions, (rows of the part, length) each
+    count = rows // 4 if objective.parallel else rows // 2
+    parts = []  # (3, rows of the part, length) each
     for language, ids in enumerate([corpus.original, corpus.derived]):
-        count = rows // 4 if objective.parallel else rows // 2
-        tokens = cut_rows(ids, rng.integers(len(ids) - length + 1, size=count), length)
-        positions = np.full_like(tokens, np.arange(length))
-        parts.append([tokens, np.full_like(tokens, language), positions])
+        starts = rng.integers(len(ids) - length + 1, size=count)
+        parts.append(cut_rows(ids, starts, length, language))
     if objective.parallel:
         starts = corpus.pair_starts(length // 2 - 1)
         # Only the first part of the text is known to be parallel.
         starts = rng.choice(starts[: 1 + int(s.parallel_share * len(starts))], rows // 2)
-        sides = [cut_rows(ids, starts, length // 2) for ids in (corpus.counterpart, corpus.derived)]
-        parts.append(pair_translations(*sides))
+        original = cut_rows(corpus.counterpart, starts, length // 2, 0)
+        derived = cut_rows(corpus.derived, starts, length // 2, 1)
+        parts.append(pair_translations(original, derived))
     tokens, languages, positions = np.concatenate(parts, axis=1)  # (rows, length) each
     batch = Batch(*mask_tokens(tokens, s, rng), languages, positions)
     return objective.change_batch(batch, dictionary, s, rng)

@@ -182,6 +182,8 @@ def test_pairs_of_xlm_are_whole_sentences_and_their_counterparts():
     corpus = random_corpus(s)
     batch = train.make_batch(corpus, s, make_dictionary(s), 0)
     parallel = np.append(EOS, corpus.counterpart[: len(corpus.counterpart) // 2 + 60])
+    assert (batch.languages[128:] == np.repeat([0, 1], 16)).all()
+    assert (batch.positions[128:] == np.tile(np.arange(16), 2)).all()
     for row in unmasked(batch)[128:]:
         original, derived = row[1:16], row[17:]
         assert row[0] == row[16] == BOS and is_in(np.append(EOS, original), parallel)
