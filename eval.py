@@ -254,8 +254,9 @@ def fine_tune(model, rows, labels, language, epochs):
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
     # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained. The rate rises
     # in the first tenth of the steps and then falls to zero.
-    tuning = replace(s, optimizer="adamw", steps=steps, warmup=steps // 10, decay_share=1.0)
-    optimizers = train.make_optimizers(tagger, tuning, s.tune_rate)
+    tuning = replace(s, optimizer="adamw", rate=s.tune_rate)
+    tuning = replace(tuning, steps=steps, warmup=steps // 10, decay_share=1.0)
+    optimizers = train.make_optimizers(tagger, tuning)
     parts = chain.from_iterable(batches(rows) for _ in range(epochs))
     for step, (tokens, gold) in enumerate(parts):
         logits = predict(tagger, tokens, language).flatten(0, 1)

@@ -242,8 +242,8 @@ def orthogonal(matrix):
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x
 
-def make_optimizers(model, s, rate):
-    """AdamW at this rate and, if the settings say so, Muon for the weights of linear layers."""
+def make_optimizers(model, s):
+    """AdamW and, if the settings say so, Muon for the weights of linear layers."""
     embeddings, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -258,7 +258,7 @@ def make_optimizers(model, s, rate):
         matrices = []
     # As in BERT only matrices decay. The constants are RoBERTa's.
     groups = [{"params": embeddings + matrices, **decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers.append(torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), eps=1e-6, fused=True))
+    optimizers.append(torch.optim.AdamW(groups, s.rate, betas=(0.9, 0.98), eps=1e-6, fused=True))
     return optimizers
 
 def update(model, optimizers, factor):
@@ -305,7 +305,7 @@ def pretrain(corpus, s, folder, args):
     Raises ValueError for a batch that processes cannot share, or a loss that is not finite."""
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(args.device).train()
-    optimizers = make_optimizers(model, s, s.rate)
+    optimizers = make_optimizers(model, s)
     checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
     start, lines = load_checkpoint(checkpoint, model, optimizers), []
     if start >= LOG_EVERY:  # What was logged after the checkpoint comes again.

@@ -255,11 +255,11 @@ def test_the_rate_rises_stays_and_falls():
     assert train.schedule(0, small(warmup=0, decay_share=0.0)) == 1
 
 def test_adamw_decays_matrices_alone_and_muon_takes_those_of_the_layers():
-    s = small(weight_decay=0.5)
+    s = small(weight_decay=0.5, rate=0.25)
     model = MaskedLM(s)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {}
-    for optimizer in train.make_optimizers(model, s, 0.25):
+    for optimizer in train.make_optimizers(model, s):
         for group in optimizer.param_groups:
             key = type(optimizer).__name__, group["lr"], group["weight_decay"]
             groups[key] = {names[parameter] for parameter in group["params"]}
@@ -270,7 +270,7 @@ def test_adamw_decays_matrices_alone_and_muon_takes_those_of_the_layers():
         ("AdamW", 0.25, 0.5): embeddings,
         ("AdamW", 0.25, 0.0): set(names.values()) - matrices,
     }
-    (adamw,) = train.make_optimizers(model, small(optimizer="adamw"), 0.25)
+    (adamw,) = train.make_optimizers(model, small(optimizer="adamw"))
     assert {names[parameter] for parameter in adamw.param_groups[0]["params"]} == matrices
 
 def test_an_update_clips_and_scales():
