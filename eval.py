@@ -463,10 +463,10 @@ def read_variants(vary):
     read = train.reader_of(setting)
     return {f"-{setting}={value}": {setting: read(value)} for value in values}
 
-def run_cell(folder, s, source, examples, args):
+def run_cell(folder, s, examples, args):
     """Train a run and evaluate it on every task, as far as it is not done; returns what failed."""
     try:
-        train.run(folder, s, source, args)
+        train.run(folder, s, args)
         for name in examples:
             if not (folder / f"{name}.json").exists():
                 evaluate(folder, name, examples[name], args.device)
@@ -483,11 +483,11 @@ def grid(args):
         variants, args.transforms, args.objectives, range(args.seeds)
     ):
         changes = {"transform": transform, "objective": objective, "seed": seed}
-        s, source = train.read_options(args, **changes, **variants[suffix])
+        s = train.read_options(args, **changes, **variants[suffix])
         folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
         if not train.is_finished(folder):  # The text of finished runs may be gone.
-            train.prepare(source, s, args.out)  # once, before processes would do it side by side
-        jobs.append(joblib.delayed(run_cell)(folder, s, source, examples, args))
+            train.prepare(args, s, args.out)  # once, before processes would do it side by side
+        jobs.append(joblib.delayed(run_cell)(folder, s, examples, args))
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough
     # joblib shares the cores out: two jobs on two cores have one thread each.
     where = {"backend": "loky", "n_jobs": args.jobs}

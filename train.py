@@ -2,13 +2,16 @@
 
     python train.py runs/align --objective align
     python train.py runs/ewt --treebank en_ewt-ud-train.conllu --corpus books.txt
-    torchrun --nproc-per-node 8 train.py runs/big --preset paper --corpus wiki.txt
+    torchrun --nproc-per-node 8 train.py runs/big --preset paper --corpus wiki.txt --save-every 1000
 
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
 open. The same command again goes on from the checkpoint, with the same bits on a CPU: all that is
 random in a step is a function of the seed and the step (dropout also of the process), so that no
 generator has to be saved.
+
+In the code `s` is the Settings, which say what experiment it is, and `args` has the other options:
+where its text comes from (text, order, sentences), and how it is computed (device, save_every).
 """
 
 import functools
@@ -24,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,59 +44,49 @@ from alignmlm import pair_translations, preset, to_hf, write_file, write_tokeniz
 from synth_lang import InputError, transliterate_word
 
 BLOCK = 50  # sentences; the original language has every other block of the text
-LOG_EVERY = 100  # steps
 # torchrun starts several processes and tells each of them who it is.
 RANK = int(os.environ.get("RANK", 0))  # 0 for the first, which writes the files for all
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]  # the default first
 
 # ---------------------------------------------------------------------------------- text to ids
-@dataclass
-class Source:
-    """Where the text comes from. Without files it is the built-in language."""
+def read_sentences(args):
+    """Yield the Sentences of the text in their order. Raises InputError."""
+    if not args.text:
+        yield from synth_lang.generate(args.sentences)
+    for path in args.text:
+        is_conllu = synth_lang.looks_like_conllu(path)
+        yield from synth_lang.read_conllu(path) if is_conllu else synth_lang.read_text(path)
 
-    text: list  # paths of plain texts, and of treebanks in CoNLL-U
-    order: str | None  # path of a treebank in the language whose order `syntax` borrows
-    sentences: int  # how many the built-in language is to have
+def content_hash(args):
+    """It changes with the text, and not with the places and the times of its files."""
+    digest = hashlib.sha256(str(args.sentences).encode())
+    # synth_lang.py has the transformations and the built-in language.
+    for path in [synth_lang.__file__, *args.text, args.order or os.devnull]:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
-    def read(self):
-        """Yield the Sentences in their order. Raises InputError."""
-        if not self.text:
-            yield from synth_lang.generate(self.sentences)
-        for path in self.text:
-            is_conllu = synth_lang.looks_like_conllu(path)
-            yield from synth_lang.read_conllu(path) if is_conllu else synth_lang.read_text(path)
-
-    def content_hash(self):
-        """It changes with the text, and not with the places and the times of its files."""
-        digest = hashlib.sha256(str(self.sentences).encode())
-        # synth_lang.py has the transformations and the built-in language.
-        for path in [synth_lang.__file__, *self.text, self.order or os.devnull]:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:16]
-
-def learn_subwords(source, s, folder):
+def learn_subwords(args, s, folder):
     """Write folder/tokenizer.model, SentencePiece's unigram model of the original language. Raises
     InputError, which names a --vocab-size that works, if the text has more characters than there
     are ids. It runs in a process of its own, as SentencePiece would not let Python see a Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # This process just ends, without a word.
-    sentences = tqdm(source.read(), "sentences to learn sub-words from")
+    # The first ones are enough. They are read before SentencePiece could hide an error in the text.
+    sentences = tqdm(islice(read_sentences(args), 1_000_000), "sentences to learn sub-words from")
+    lines = [" ".join(sentence.words) for sentence in sentences]
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(" ".join(sentence.words) for sentence in sentences),
+            sentence_iterator=iter(lines),
             model_prefix=str(folder / "tokenizer"), vocab_size=s.language_size,
             bos_id=BOS, pad_id=PAD, eos_id=EOS, unk_id=UNK,
             control_symbols=["<mask>"],  # It gets the id that is left, MASK.
             # Words are taken as they are: normalised ones would not fit their transliterations.
             normalization_rule_name="identity",
             max_sentence_length=1 << 30,  # Longer sentences would be left out, silently.
-            input_sentence_size=1_000_000, shuffle_input_sentence=False,  # The first are enough.
             minloglevel=2,  # errors only
         )  # fmt: skip
     except RuntimeError as error:
-        for _ in source.read():
-            pass  # If it was the text that could not be read, this says so better.
         # Whether this text needs more ids or fewer, the message ends with how many one language can
         # have. With T_trans two languages need twice as many.
         size = int(re.findall(r"\d+", str(error))[-1]) * s.vocab_size // s.language_size
@@ -108,7 +102,6 @@ class Languages:
         self.subwords = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.order = json.loads((folder / "order.json").read_text())
         self.names = [n for n in synth_lang.parse_transform(s.transform) if n != "transliterate"]
-        self.ids = {}  # of the words that have been encoded
 
     def derive(self, sentence, index):
         """The sentence in the derived order; index is the seed of what is random in it."""
@@ -116,9 +109,7 @@ class Languages:
 
     def encode(self, word):
         """The ids of a word in the original language, one or more."""
-        if word not in self.ids:
-            self.ids[word] = self.subwords.encode(word) or [UNK]  # It drops a word of spaces.
-        return self.ids[word]
+        return self.subwords.encode(word) or [UNK]  # SentencePiece drops a word of spaces.
 
     def encode_sentence(self, sentence):
         """The ids of all its words, and EOS."""
@@ -148,10 +139,11 @@ class Corpus:
         cut_off = starts + size - last_end
         return starts[cut_off <= max(2, cut_off.min())]
 
-def tokenise(source, languages, s):
+def tokenise(args, languages, s):
     """The Corpus of a text. Raises InputError."""
-    original, derived, counterpart = array("q"), array("q"), array("q")  # ids
-    for index, sentence in enumerate(tqdm(source.read(), "sentences tokenised")):
+    # These are ids. Lists of Python's numbers would need five times as much memory.
+    original, derived, counterpart = array("q"), array("q"), array("q")
+    for index, sentence in enumerate(tqdm(read_sentences(args), "sentences tokenised")):
         ids = languages.encode_sentence(sentence)
         if index // BLOCK % 2 == 0:
             original.extend(ids)
@@ -162,24 +154,26 @@ def tokenise(source, languages, s):
         raise InputError(f"too little text for rows of {s.positions} ids: give more")
     return Corpus(np.array(original), derive_ids(np.array(derived), s), np.array(counterpart))
 
-def prepare(source, s, root):
+def prepare(args, s, root):
     """The folder of a text's sub-words and ids under a transformation, made on first use. It
     appears in `root` whole or not at all. Raises InputError. Its name has the length of rows, as
     a text may be too short for it."""
-    folder = root / f"data-{source.content_hash()}-{s.transform}-{s.vocab_size}-{s.positions}"
-    if not folder.exists():
+    folder = root / f"data-{content_hash(args)}-{s.transform}-{s.vocab_size}-{s.positions}"
+    if RANK == 0 and not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as name:
             made, order = Path(name), synth_lang.SOV
-            if source.order:
-                order = synth_lang.learn_order(synth_lang.read_conllu(source.order))
+            if args.order:
+                order = synth_lang.learn_order(synth_lang.read_conllu(args.order))
             (made / "order.json").write_text(json.dumps(order))
             with ProcessPoolExecutor(1) as process:
-                process.submit(learn_subwords, source, s, made).result()
-            np.savez(made / "ids.npz", **vars(tokenise(source, Languages(made, s), s)))
+                process.submit(learn_subwords, args, s, made).result()
+            np.savez(made / "ids.npz", **vars(tokenise(args, Languages(made, s), s)))
             made.chmod(0o755)  # TemporaryDirectory makes it for this user alone.
             with suppress(OSError):  # Another run may have made the same meanwhile.
                 made.rename(folder)
+    if WORLD > 1:
+        distributed.barrier()  # The other processes wait until the first one has made it.
     return folder
 
 # -------------------------------------------------------------------------------------- batches
@@ -302,25 +296,25 @@ def load_checkpoint(path, model, optimizers):
 
 def pretrain(corpus, s, folder, args):
     """Train from the folder's checkpoint, if it has one, to the last step; returns the model.
-    Raises ValueError for a batch that processes cannot share, or a loss that is not finite."""
+    Raises ValueError for a loss that is not finite."""
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(args.device).train()
     optimizers = make_optimizers(model, s)
     checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
     start, lines = load_checkpoint(checkpoint, model, optimizers), []
-    if start >= LOG_EVERY:  # What was logged after the checkpoint comes again.
-        lines = log.read_text().splitlines()[: start // LOG_EVERY]
+    if log.exists():  # What was logged after the checkpoint comes again.
+        lines = log.read_text().splitlines(keepends=True)
+        lines = [line for line in lines if json.loads(line)["step"] <= start]
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    if s.batch % (4 * WORLD):
-        raise ValueError(f"batch {s.batch}: give a multiple of 4 for each of {WORLD} processes")
     pairs = make_dictionary(s)
     dictionary = torch.tensor(pairs, device=args.device)
 
     quiet = RANK > 0 or "TQDM_DISABLE" in os.environ
-    bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=quiet)
+    bar = tqdm(range(start, s.steps), "steps", disable=quiet)
     for step in bar:
         batch = make_batch(corpus, s, pairs, step)
-        # Each process takes every WORLD-th row. The mean of their gradients is the whole's.
+        # Each process takes every WORLD-th row. If all get equally many, the mean of the gradients
+        # is that of all rows, as each has the same number of masks.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
         torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout, wherever a run was stopped
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
@@ -329,56 +323,49 @@ def pretrain(corpus, s, folder, args):
         update(model, optimizers, schedule(step, s))
 
         done = step + 1
-        log_now = done % LOG_EVERY == 0
-        save_now = done % args.save_every == 0 or done == s.steps
-        if (log_now or save_now) and not loss.isfinite():
+        # Only now and then, as this makes a GPU wait for the CPU.
+        if done % args.save_every and done < s.steps:
+            continue
+        if not loss.isfinite():
             raise ValueError(f"{folder}: no finite loss at step {done}; lower the rates")
-        if log_now and RANK == 0:  # The first process writes for all.
+        if RANK == 0:  # The first process writes for all.
             line = {"step": done, "loss": loss.item(), "mlm": mlm.item()}
             line |= alignment_score(model, pairs)
             bar.set_postfix(line)
-            lines.append(json.dumps(line))
-            write_file(log, "\n".join([*lines, ""]).encode())
-        # A process that is killed while it writes leaves the checkpoint of before.
-        if save_now and RANK == 0:
-            tensors = {**all_state(model, optimizers), "done": torch.tensor(done)}
-            write_file(checkpoint, save({name: tensor.cpu() for name, tensor in tensors.items()}))
+            lines.append(json.dumps(line) + "\n")
+            write_file(log, "".join(lines).encode())
+            # A process that is killed while it writes leaves the checkpoint of before.
+            state = all_state(model, optimizers) | {"done": torch.tensor(done)}
+            write_file(checkpoint, save(state))
     return model
 
 def is_finished(folder):
     """Whether a run is there, whole: this file is written last."""
     return (folder / "model" / "tokenizer_config.json").exists()
 
-def run(folder, s, source, args):
+def run(folder, s, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
-    path, model = folder / "settings.json", folder / "model"
-    record = {"settings": asdict(s), "source": vars(source)}
-    finished = is_finished(folder)
-    if not finished:
-        record["content"] = source.content_hash()
-    if path.exists():
-        saved = json.loads(path.read_text())
-        # A finished run is known by the names of its files, which may be gone; an unfinished one by
-        # their content, as they may have moved.
-        text = "source" if finished else "content"
-        if saved["settings"] != record["settings"] or saved[text] != record[text]:
-            raise ValueError(f"{path}: has other settings or text; give another folder")
+    path, model, finished = folder / "settings.json", folder / "model", is_finished(folder)
+    source = {"text": args.text, "order": args.order, "sentences": args.sentences}
+    # A finished run is known by the names of its files, which may be gone; an unfinished one by
+    # their content, as they may have moved.
+    text = {"source": source} if finished else {"content": content_hash(args)}
+    record = {"settings": asdict(s), **text}
+    if path.exists() and not record.items() <= json.loads(path.read_text()).items():
+        raise ValueError(f"{path}: has other settings or text; give another folder")
     if finished:
         return
-    if RANK > 0:  # The others wait until the first process has prepared the text, at (1).
-        distributed.barrier()
-    data = prepare(source, s, folder.parent)
+    data = prepare(args, s, folder.parent)
     if RANK == 0:
         folder.mkdir(exist_ok=True)
-        write_file(path, json.dumps(record, indent=2).encode())
-        for name in ("tokenizer.model", "order.json"):
-            write_file(folder / name, (data / name).read_bytes())
-        if WORLD > 1:
-            distributed.barrier()  # (1)
+        write_file(path, json.dumps({**record, "source": source}, indent=2).encode())
     trained = pretrain(Corpus(**np.load(data / "ids.npz")), s, folder, args)
     if RANK == 0:
+        # With these the run can do without the data, and be moved.
+        for name in ("tokenizer.model", "order.json"):
+            write_file(folder / name, (data / name).read_bytes())
         to_hf(trained, model)
-        write_tokenizer(*subword_table(Languages(folder, s).subwords, s), model)
+        write_tokenizer(*subword_table(Languages(data, s).subwords, s), model)
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 def subword_table(subwords, s):
@@ -387,8 +374,7 @@ def subword_table(subwords, s):
     mark = "\u2581"  # SentencePiece's
     table = [(subwords.id_to_piece(id), subwords.get_score(id)) for id in range(len(subwords))]
     if s.shift:
-        derived = [(transliterate_word(spelling), score) for spelling, score in table]
-        table = table + derived
+        table += [(transliterate_word(spelling), score) for spelling, score in table]
     return table, (mark, transliterate_word(mark))
 
 # ---------------------------------------------------------------------------- the command line
@@ -403,7 +389,8 @@ def add_options(parser, left_out=()):
     add("--sentences", type=int, default=60_000, help="of the built-in language (%(default)s)")
     add("--preset", choices=PRESETS, default="tiny", help="settings not named here (%(default)s)")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to train (%(default)s)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    add("--save-every", type=int, default=100,
+        help="steps between checkpoints and between lines of the log (%(default)s)")
     # The comments beside the settings in alignmlm.py say what they mean.
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
         values = ", ".join(f"{key} {getattr(s, name)}" for key, s in PRESETS.items())
@@ -417,13 +404,13 @@ def reader_of(setting):
     return json.loads if kind is bool else kind
 
 def read_options(args, **changes):
-    """The Settings that the options give, with these changes, and the Source."""
+    """The Settings that the options give, with these changes."""
     for name, value in vars(args).items():
         if hasattr(Settings, name) and value is not None:
             changes.setdefault(name, value)
     s = preset(args.preset, **changes)
     synth_lang.parse_transform(s.transform)  # It raises an InputError before work is done.
-    return s, Source(args.text, args.order, args.sentences)
+    return s
 
 def main():
     parser = synth_lang.Parser(description=__doc__)
@@ -435,7 +422,7 @@ def main():
         distributed.init_process_group(timeout=timedelta(days=1))
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run(args.folder, *read_options(args), args)
+    run(args.folder, read_options(args), args)
 
 if __name__ == "__main__":
     synth_lang.guarded(main)

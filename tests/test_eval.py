@@ -54,8 +54,9 @@ def command(monkeypatch, capfd):
 def root(tmp_path_factory):
     """A folder of runs; "one" is a finished run, barely trained."""
     root = tmp_path_factory.mktemp("runs")
-    args = argparse.Namespace(device="cpu", save_every=500)
-    train.run(root / "one", small(), train.Source([], None, 1500), args)
+    text = {"text": [], "order": None, "sentences": 1500}
+    args = argparse.Namespace(**text, device="cpu", save_every=500)
+    train.run(root / "one", small(), args)
     return root
 
 @pytest.fixture(scope="session")

@@ -26,12 +26,14 @@ import train
 from alignmlm import BOS, EOS, MASK, OBJECTIVES, PAD, SPECIALS, UNK, MaskedLM, Settings
 from alignmlm import derive_ids, from_hf, make_dictionary, preset
 
-SOURCE = train.Source([], None, 1200)
-ARGS = argparse.Namespace(device="cpu", save_every=20)
+ARGS = argparse.Namespace(text=[], order=None, sentences=1200, device="cpu", save_every=20)
 SIZES = {"vocab_size": 400, "layers": 1, "width": 16, "heads": 2, "feed_forward": 32, "batch": 8,
          "warmup": 5, "dropout": 0.1, "steps": 250}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
 OPTIONS += ["--device=cpu", "--sentences=1200", "--save-every=20"]
+
+def with_text(text, order=None, sentences=1200):
+    return argparse.Namespace(**vars(ARGS) | {"text": text, "order": order, "sentences": sentences})
 
 def small(**changes):
     return preset("tiny", **SIZES | changes)
@@ -72,14 +74,14 @@ def test_the_hash_is_of_the_content_and_not_of_the_place(tmp_path):
         path.write_text(text)
     sources = [([a], None, 5), ([b], None, 5), ([a, b], None, 5), ([b, a], None, 5), ([a], b, 5),
                ([], None, 5), ([], None, 6)]
-    hashes = [train.Source(*source).content_hash() for source in sources]
+    hashes = [train.content_hash(with_text(*source)) for source in sources]
     assert len(set(hashes)) == len(hashes)
-    assert train.Source([moved], None, 5).content_hash() == hashes[0]
+    assert train.content_hash(with_text([moved], None, 5)) == hashes[0]
 
 @pytest.mark.parametrize("transform", ["transliterate+invert", "permute+transliterate", "invert"])
 def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(transform, root):
     s = small(transform=transform)
-    folder = train.prepare(SOURCE, s, root)
+    folder = train.prepare(ARGS, s, root)
     corpus, languages = np.load(folder / "ids.npz"), train.Languages(folder, s)
     shift = 200 if "transliterate" in transform else 0
     spelled = [languages.subwords.id_to_piece(id) for id in range(400 - shift)]
@@ -107,11 +109,11 @@ def test_a_run_that_was_overtaken_takes_what_the_other_has_made(tmp_path, monkey
 
     def overtaken(*args):
         monkeypatch.undo()
-        train.prepare(SOURCE, small(), tmp_path)
+        train.prepare(ARGS, small(), tmp_path)
         return tokenise(*args)
 
     monkeypatch.setattr(train, "tokenise", overtaken)
-    folder = train.prepare(SOURCE, small(), tmp_path)
+    folder = train.prepare(ARGS, small(), tmp_path)
     assert [*tmp_path.iterdir()] == [folder] and (folder / "ids.npz").exists()
 
 def test_of_a_long_line_nothing_is_lost(tmp_path):
@@ -119,7 +121,7 @@ def test_of_a_long_line_nothing_is_lost(tmp_path):
     lines = [" ".join(sentence.words) for sentence in synth_lang.generate(600)]
     lines.append(" ".join("".join(rng.choices("домжукя", k=3)) for _ in range(25_000)))
     text.write_text("\n".join(lines))
-    folder = train.prepare(train.Source([str(text)], None, 0), small(), tmp_path)
+    folder = train.prepare(with_text([str(text)]), small(), tmp_path)
     subwords, corpus = train.Languages(folder, small()).subwords, np.load(folder / "ids.npz")
     text = subwords.decode(corpus["original"].tolist())
     assert len(re.findall("[домжукя]{3}", text)) == 25_000
@@ -287,12 +289,12 @@ def test_an_update_clips_and_scales():
 @pytest.fixture(scope="module")
 def peace(root):
     """A run that nothing disturbed."""
-    train.run(root / "peace", small(), SOURCE, ARGS)
+    train.run(root / "peace", small(), ARGS)
     return root / "peace"
 
-def test_a_run_logs_every_hundred_steps_and_leaves_what_is_needed(peace):
+def test_a_run_logs_its_checkpoints_and_leaves_what_is_needed(peace):
     lines = [json.loads(line) for line in (peace / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [100, 200]
+    assert [line["step"] for line in lines] == [*range(20, 250, 20), 250]
     assert set(lines[0]) == {"step", "loss", "mlm", "all", "inside", "outside"}
     for line in lines:  # No cosine is above 1.
         assert line["mlm"] - small().alpha <= line["loss"] < line["mlm"] < 7
@@ -307,7 +309,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(root, peac
     rng = random.Random(0)
     resumed = set()
     for kill in [True] * 6 + [False]:
-        process = context.Process(target=train.run, args=(folder, small(), SOURCE, ARGS))
+        process = context.Process(target=train.run, args=(folder, small(), ARGS))
         before = saved.stat().st_mtime_ns if saved.exists() else 0
         process.start()
         while kill and process.is_alive():
@@ -344,7 +346,7 @@ def test_two_processes_train_as_one_does(root):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [*OPTIONS, "--objective", "xlm", "--dropout", "0", "--steps", "100"]
     subprocess.run([*launch, train.__file__, root / "two", *options], check=True, timeout=200)
-    train.run(root / "one", small(objective="xlm", dropout=0.0, steps=100), SOURCE, ARGS)
+    train.run(root / "one", small(objective="xlm", dropout=0.0, steps=100), ARGS)
     one, two = [load_file(root / name / "model" / "model.safetensors") for name in ("one", "two")]
     torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
 
@@ -412,11 +414,11 @@ def test_the_options_and_their_help():
     parser = synth_lang.Parser()
     train.add_options(parser)
     args = parser.parse_args(["--corpus", "a", "b", "--treebank", "c", "--steps", "7"])
-    s, source = train.read_options(args, seed=4)
-    assert source.text == [os.path.abspath(name) for name in "abc"]
-    assert s == preset("tiny", steps=7, seed=4)
-    assert vars(args).keys() > Settings.__dataclass_fields__.keys()
+    assert args.text == [os.path.abspath(name) for name in "abc"]
+    assert train.read_options(args, seed=4) == preset("tiny", steps=7, seed=4)
     help_text = " ".join(parser.format_help().split())
+    for name in Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in help_text
     assert "peak rate of AdamW (paper 0.0001, tiny 0.003, small 0.003)" in help_text
 
 # ------------------------------------------------------------------------------- the tokenizers
@@ -425,7 +427,7 @@ def trained(request, root):
     """A run with one vocabulary a language, and one with a vocabulary for both."""
     s = preset("tiny", vocab_size=1200, steps=150, transform=request.param)
     folder = root / f"trained-{request.param}"
-    train.run(folder, s, train.Source([], None, 6000), ARGS)
+    train.run(folder, s, with_text([], sentences=6000))
     return folder, s
 
 def both_languages(folder, s, count, seed):
