@@ -394,14 +394,12 @@ def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
     logs = []
     for run in runs.itertuples():
-        log_path = folder / run.run / "log.jsonl"
-        if log_path.exists():  # A run of few steps has logged nothing.
-            log = pd.read_json(log_path, lines=True)
-            logs.append(log.assign(transform=run.transform, objective=run.objective))
-    lines = {"x": "step", "y": "outside", "hue": "objective", "col": "transform"}
-    # Without words outside of D the log has no such column; reindex makes an empty one.
-    if logs:
-        logs = pd.concat(logs).reindex(columns=lines.values())
+        log = pd.read_json(folder / run.run / "log.jsonl", lines=True)
+        logs.append(log.assign(transform=run.transform, objective=run.objective))
+    logs = pd.concat(logs)
+    # Without words outside of D there is no such column, and nothing to draw.
+    if "outside" in logs:
+        lines = {"x": "step", "y": "outside", "hue": "objective", "col": "transform"}
         grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
         grid.set_titles("{col_name}").set_ylabels("alignment outside of D, %").savefig(path)
 
