@@ -118,26 +118,13 @@ class Languages:
             ids += self.encode(word)
         return [*ids, EOS]
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # Only so can `pair_starts` keep its answer for one.
 class Corpus:
     """The ids of a text, (n,) int64 a side, with EOS after every sentence."""
 
     original: np.ndarray  # one half of the text
     derived: np.ndarray  # the other half, transformed
     counterpart: np.ndarray  # that other half as it was, sentence for sentence beside `derived`
-
-    @functools.lru_cache(2)  # noqa: B019  (There are short rows and long ones.)
-    def pair_starts(self, size):
-        """The places where pairs of texts of `size` ids may begin: starts of sentences whose next
-        `size` ids end with a sentence, or with at most two ids of another one. If there are no such
-        places, it is those with the fewest ids of another one. A sentence that is cut off may lack
-        its counterpart, because under T_inv its first words correspond to its last."""
-        ends = np.append(0, np.flatnonzero(self.derived == EOS) + 1)  # (sentences + 1,)
-        starts = ends[ends + size <= len(self.derived)]  # A sentence starts where one ends.
-        # The last end that is not beyond the text, and how many ids of the text are after it.
-        last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
-        cut_off = starts + size - last_end
-        return starts[cut_off <= max(2, cut_off.min())]
 
 def tokenise(args, languages, s):
     """The Corpus of a text. Raises InputError."""
@@ -155,9 +142,9 @@ def tokenise(args, languages, s):
     return Corpus(np.array(original), derive_ids(np.array(derived), s), np.array(counterpart))
 
 def prepare(args, s, root):
-    """The folder of a text's sub-words and ids under a transformation, made on first use. It
-    appears in `root` whole or not at all. Raises InputError. Its name has the length of rows, as
-    a text may be too short for it."""
+    """The folder of a text's sub-words and ids under a transformation, made on first use. Runs in
+    `root` share it. It appears whole or not at all. Raises InputError. Its name has the length of
+    rows, as a text may be too short for it."""
     folder = root / f"data-{content_hash(args)}-{s.transform}-{s.vocab_size}-{s.positions}"
     if RANK == 0 and not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -184,6 +171,19 @@ def cut_rows(ids, starts, length, language):
     tokens = np.insert(ids[places], 0, BOS, axis=1)
     return np.stack(np.broadcast_arrays(tokens, language, np.arange(length)))
 
+@functools.lru_cache(2)  # There are short rows and long ones.
+def pair_starts(corpus, size):
+    """The places where pairs of texts of `size` ids may begin: starts of sentences whose next
+    `size` ids end with a sentence, or with at most two ids of another one. If there are no such
+    places, it is those with the fewest ids of another one. A sentence that is cut off may lack its
+    counterpart, because under T_inv its first words correspond to its last."""
+    ends = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
+    starts = ends[ends + size <= len(corpus.derived)]  # A sentence starts where one ends.
+    # The last end that is not beyond the text, and how many ids of the text are after it.
+    last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
+    cut_off = starts + size - last_end
+    return starts[cut_off <= max(2, cut_off.min())]
+
 def make_batch(corpus, s, dictionary, step):
     """The Batch of a step: half original and half derived rows; with XLM, half of it is pairs. All
     that is random is a function of (seed, step). The first short_steps have shorter rows, as BERT's
@@ -198,7 +198,7 @@ def make_batch(corpus, s, dictionary, step):
         starts = rng.integers(len(ids) - length + 1, size=count)
         parts.append(cut_rows(ids, starts, length, language))
     if objective.parallel:
-        starts = corpus.pair_starts(length // 2 - 1)
+        starts = pair_starts(corpus, length // 2 - 1)
         # Only the first part of the text is known to be parallel.
         starts = rng.choice(starts[: 1 + int(s.parallel_share * len(starts))], rows // 2)
         original = cut_rows(corpus.counterpart, starts, length // 2, 0)
@@ -301,7 +301,8 @@ def pretrain(corpus, s, folder, args):
     model = MaskedLM(s).to(args.device).train()
     optimizers = make_optimizers(model, s)
     checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
-    start, lines = load_checkpoint(checkpoint, model, optimizers), []
+    start = load_checkpoint(checkpoint, model, optimizers)
+    lines = []
     if log.exists():  # What was logged after the checkpoint comes again.
         lines = log.read_text().splitlines(keepends=True)
         lines = [line for line in lines if json.loads(line)["step"] <= start]
@@ -345,7 +346,8 @@ def is_finished(folder):
 
 def run(folder, s, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
-    path, model, finished = folder / "settings.json", folder / "model", is_finished(folder)
+    path, model = folder / "settings.json", folder / "model"
+    finished = is_finished(folder)
     source = {"text": args.text, "order": args.order, "sentences": args.sentences}
     # A finished run is known by the names of its files, which may be gone; an unfinished one by
     # their content, as they may have moved.

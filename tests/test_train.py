@@ -201,7 +201,7 @@ def test_pairs_of_xlm_are_whole_sentences_and_their_counterparts():
 def test_pairs_of_long_sentences_end_as_soon_as_they_can():
     corpus = train.Corpus(None, np.array(([9] * 19 + [EOS] + [9] * 9 + [EOS]) * 5), None)
     # 24 ids from a long sentence on cut off 4 of the next; from a short one on, 14.
-    assert corpus.pair_starts(24).tolist() == [0, 30, 60, 90, 120]
+    assert train.pair_starts(corpus, 24).tolist() == [0, 30, 60, 90, 120]
 
 def test_dict_mlm_asks_for_half_of_the_known_words_in_the_language_that_it_tells():
     s = small(objective="dict", batch=64)
