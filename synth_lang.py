@@ -35,16 +35,17 @@ import numpy as np
 import regex
 
 class InputError(ValueError):
-    """The user's input is at fault. The message is one line that names the place and the mend."""
+    """The user's input is at fault. The message is one line that names the place and the fix."""
 
 @dataclass
 class Sentence:
-    """Words and their labels. A list of labels has one entry a word, and is None where absent."""
+    """Words and their labels. A list of labels has one entry a word, and is None where absent.
+    Tags and relations are explained at https://universaldependencies.org/u/dep/."""
 
     words: list
-    upos: list | None = None  # part-of-speech tags of Universal Dependencies
+    upos: list | None = None  # part-of-speech tags
     heads: list | None = None  # the 1-based position of each word's head, 0 for the root
-    deprels: list | None = None  # relations of Universal Dependencies
+    deprels: list | None = None  # each word's relation to its head
     entities: list | None = None  # BIO tags: `B-PER`, `I-PER`, `O`
 
 INFERENCES = ("entailment", "neutral", "contradiction")
@@ -64,9 +65,10 @@ def parse_table(table, columns):
     return [line.split(maxsplit=columns - 1) for line in table.strip().splitlines()]
 
 # A phrase is drawn from options, such as "person noun*2 | he", where the whole first one is drawn
-# twice as often. The first name of an option says what the top word of the phrase is, and every
-# name brings the dependents that DEPENDENTS has for it. Where the first name is one of PHRASES, an
-# option of that is drawn in its turn. "PART:to" is a word and its tag.
+# twice as often. An option is a list of names. The first one says what the top word of the phrase
+# is: a phrase, of which an option is drawn in its turn, a class of words, or "PART:to", a word and
+# its tag. All names together say which dependents it may have: those of their rows in DEPENDENTS.
+# Some names, such as `subject` and `tense`, are nothing but names of such rows.
 #
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
@@ -78,7 +80,7 @@ def parse_table(table, columns):
 #
 # A tag must not be guessable without its word. In natural text the tags of both neighbours predict
 # half of the tags, and the word itself predicts nine in ten. So words have several tags, and much
-# may be left out or stand elsewhere. Still order tells: reversed, the sentences look like no other.
+# may be left out or stand elsewhere. Still order tells: in a reversed sentence neighbours mislead.
 PHRASES = dict(parse_table("""
     sentence  finite aside end*9 | thing noun aside end
     finite    verb subject tense adverbials*6 | adjective paired subject being adverbials
@@ -89,11 +91,12 @@ PHRASES = dict(parse_table("""
     setting   place noun*3 | thing noun*2 | idea noun | LOC*3 | him*2
     known     person definite described*2 | thing definite described*2 | place definite described
 """, columns=2))
-# What a name brings: the chance of a dependent, where it may stand, its relation, marks, options.
-# The place is drawn from the signs: `[` before the whole phrase so far, `<` just before the top
-# word, `>` just after it, `]` at the end. The marks: `repeats`, it may come several times;
-# `agrees`, it takes its number from the head; `nests`, such a phrase may have others in it, and so
-# it is the rarer the deeper. Rows are tried from the top: what sets a number stands first.
+# A row gives a name's dependent: its chance, where it may stand, its relation, flags and options.
+# The place is drawn from the signs, of which some stand several times: `[` is before the whole
+# phrase so far, `<` just before the top word, `>` just after it, `]` at the end. The flags:
+# `repeats`, it may come several times; `agrees`, it takes its number from the head; `nests`, it may
+# have phrases like itself in it, and so becomes rarer with the depth. Rows are tried from the top:
+# what sets a number stands first.
 # As an example, "noun 0.44 [ det agrees determiner" says that 44 in 100 nouns have a determiner, in
 # front of what they have by then, with the relation `det`, and plural if the noun is.
 DEPENDENTS = parse_table("""
@@ -169,11 +172,10 @@ CLOSED_CLASSES = dict(parse_table("""
     amount        SYM:% $ £
     ORG-of        PROPN:University Bank Museum
 """, columns=2))
-# The words of an open class are made of syllables. The columns are the tag, how many words a topic
-# has, whose stems they share, and the endings of a word's forms, where `-` is none. These are
-# the two numbers of nouns, and -s, base, -ed and -ing of verbs. What one does with a hammer is to
-# hammer, and an adverb of manner is an adjective and -ly. A class of proper nouns begins with the
-# type of entity that they are.
+# The words of an open class are made of syllables. The columns are the tag, the number of words in
+# a topic, their stems, and the endings of their forms, where `-` is none. Classes with one name for
+# their stems share them: what one does with a hammer is to hammer. The forms of a noun are its two
+# numbers, those of a verb are -s, base, -ed and -ing.
 OPEN_CLASSES = dict(parse_table("""
     person        NOUN  8   person     - s
     thing         NOUN  10  thing      - s
@@ -193,17 +195,17 @@ OPEN_CLASSES = dict(parse_table("""
     surname       PROPN 8   LOC        -
 """, columns=2))
 TOPICS = 24  # A sentence mostly keeps to the words of one: words are known by their company too.
-SYLLABLES = [
+STEM = [  # the parts of a word's stem, one after the other
     "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
-    "a e i o u a e i o u ai ea ee oo ou",
+    "a e i o u a e i o u ai ea ee oo ou",  # Short vowels are twice as likely.
     "b ct d ft ld lk ll lm lp lt m mp n nd ng rb rd rk rl rm rn rp sk sp st",
-    "ant el en er et il in om or ow",
+    "ant el en er et il in om or ow",  # Frequent words do without a second syllable.
 ]
-# Forms are places in a word's list of them: -s, base, -ed and -ing of verbs; the two numbers of
-# nouns. This is which form of its verb a word asks for: will look, is looking.
+# Forms are places in a word's list of them. 0 and 1 are singular and plural of nouns, and of verbs
+# too: she looks, they look. Here is which form of its verb a word asks for: will look, is looking.
 VERB_FORMS = {"modal": 1, "do": 1, "PART:to": 1, "have": 2, "be": 3}
 PAST = 2
-BY_NUMBER = -1  # 0 or 1, as it turns out: she looks, they look; a look, two looks
+BY_NUMBER = -1  # 0 or 1, as it turns out
 
 @dataclass(eq=False)
 class Node:
@@ -217,7 +219,7 @@ class Node:
     depth: int  # of phrases within phrases
     plural: bool
     forms: list  # of which one is chosen when its dependents are known
-    company: int  # what its dependents' ranks begin with, so that it has favourites
+    favourite: int  # added to its dependents' ranks, so that it has frequent ones of its own
     form: int = BY_NUMBER  # the place in `forms`
     entity: str = "O"
 
@@ -232,71 +234,72 @@ def parse_options(text):  # Returns lists of names, each list as often as its we
     return options
 
 @cache
-def open_word(name, topic, rank):  # Returns the forms of a word and its company, always the same.
+def open_word(name, topic, rank):  # Returns a word's forms and favourite, always the same.
     upos, _, stems, *endings = OPEN_CLASSES[name].split()
     rng = random.Random(f"{stems} {topic} {rank}")
-    # The most frequent word of a topic has one syllable, and the others have two.
-    parts = SYLLABLES[:3] if rank == 0 else SYLLABLES
+    parts = STEM[:3] if rank == 0 else STEM
     stem = "".join(rng.choice(part.split()) for part in parts)
     if upos == "PROPN":
         stem = stem.capitalize()
     return [stem + ending.strip("-") for ending in endings], rng.randrange(1000)
 
-def zipf(rng, size):  # Draws a rank by Zipf's law, 0 the most often.
+def zipf(rng, size):  # Draws a rank below size by Zipf's law: its chance falls as 1 / (rank + 1.5).
     return int((size + 1) ** rng.random()) - 1
 
-def make_word(rng, topic, name, deprel, head, marks):  # Returns the top word of a phrase.
+def make_word(rng, topic, name, deprel, head, flags):  # Returns the top word of a phrase.
     plural = rng.random() < 0.35 and deprel != "compound"
     # Some agree with their heads: they were, these dogs, dogs that were.
-    if "agrees" in marks:
+    if "agrees" in flags:
         plural = head.plural
     if name in OPEN_CLASSES:
         upos, size, *_ = OPEN_CLASSES[name].split()
         rank = zipf(rng, int(size))
-        # Most often the head's favourites are the frequent ones, and the topic stays.
+        # Often rank 0 is the head's favourite, and mostly the topic stays.
         if rng.random() < 0.6:
-            rank += head.company
+            rank += head.favourite
         if rng.random() < 0.15:
             topic = rng.randrange(TOPICS)
-        forms, company = open_word(name, topic, rank % int(size))
+        forms, favourite = open_word(name, topic, rank % int(size))
     else:
         # A name that is no class is "ADP:of", the only word of its own.
         upos, _, words = CLOSED_CLASSES.get(name, name).partition(":")
         # Most classes have no stroke and one list, which is the first and the last.
         words = words.split("|")[-1 if plural else 0].split()
-        forms, company = [words[zipf(rng, len(words))]], 0
+        forms, favourite = [words[zipf(rng, len(words))]], 0
     # A proper noun is singular, and so is its verb.
     if upos == "PROPN":
         plural = False
-    depth = head.depth + 1 if "nests" in marks else head.depth
-    return Node(name, upos, deprel, head, topic, depth, plural, forms, company)
+    depth = head.depth + 1 if "nests" in flags else head.depth
+    return Node(name, upos, deprel, head, topic, depth, plural, forms, favourite)
 
 # Returns the words of a random phrase: a top word, and for each dependent a phrase of its own. The
 # words of a phrase stay side by side, so the trees are projective.
-def make_phrase(rng, topic, options, deprel, head, marks=""):
+def make_phrase(rng, topic, options, deprel, head, flags=""):
     # Options lead to options until the first name is a class or a word.
     names = rng.choice(parse_options(options))
     while names[0] in PHRASES:
         names = rng.choice(parse_options(PHRASES[names[0]])) + names[1:]
-    top = make_word(rng, topic, names[0], deprel, head, marks)
+    top = make_word(rng, topic, names[0], deprel, head, flags)
     nodes = [top]
-    for name, chance, places, deprel_below, marks_below, options_below in DEPENDENTS:
+    for name, chance, signs, deprel_below, flags_below, options_below in DEPENDENTS:
         chance = float(chance) if name in names else 0
-        if "nests" in marks_below:
+        if "nests" in flags_below:
             chance *= 0.6**top.depth
         while rng.random() < chance:
-            phrase = make_phrase(rng, topic, options_below, deprel_below, top, marks_below)
+            phrase = make_phrase(rng, topic, options_below, deprel_below, top, flags_below)
             here = nodes.index(top)
-            at = {"[": 0, "<": here, ">": here + 1, "]": len(nodes)}[rng.choice(places)]
+            at = {"[": 0, "<": here, ">": here + 1, "]": len(nodes)}[rng.choice(signs)]
             nodes[at:at] = phrase
-            if "repeats" not in marks_below:
+            if "repeats" not in flags_below:
                 break
-    # A proper noun is one entity with all of its phrase but what joins that to the rest.
-    if top.upos == "PROPN":
+    # A proper noun is one entity with all of its phrase but what joins that to the rest. Its class
+    # has the name of its type, or begins with it as ORG-of.
+    kind = top.name[:3]
+    if kind in ("PER", "LOC", "ORG"):
         prefix = "B-"
         for node in nodes:
             if node.head is not top or node.deprel not in ("case", "cc", "punct"):
-                node.entity = prefix + top.name[:3]
+                node.entity = prefix + kind
                 prefix = "I-"
     # What this word does to its head: a verb has the number of its subject, what is counted is
     # plural, and an auxiliary decides the form of its verb.
@@ -379,12 +382,12 @@ class Transformation:
     """An order of the words, a spelling of each, or both. What is left out stays as it is.
 
     `order_of` gives the order as a list of the places, from 0, where the words stood before. It may
-    depend on the context: `seed`, `index`, the sentence's number, and `order`, a model of one.
+    depend on the context: `seed`; `index`, the sentence's number; `order`, from `learn_order`.
     """
 
     order_of: Callable = lambda sentence, **context: range(len(sentence.words))
-    spell: Callable = str  # of a word
-    restore: Callable = str  # the inverse of `spell`
+    spell: Callable = str  # of a word; str leaves it as it is
+    unspell: Callable = str  # the inverse of `spell`
 
 def reorder(sentence, places):  # Returns the words that stood at `places`, with all their labels.
     moved = replace(sentence)
@@ -392,20 +395,21 @@ def reorder(sentence, places):  # Returns the words that stood at `places`, with
         if column:  # Labels may be absent.
             setattr(moved, name, [column[old] for old in places])
     if moved.heads:
-        # argsort inverts a list of places: it gives the new place of each old one. The -1 in front
-        # stays in front, so that the others count from 1, as heads do, and 0 stays the root's.
-        moved.heads = np.argsort([-1, *places])[moved.heads].tolist()
+        # Heads count words from 1, and the root's is 0.
+        new = {0: 0} | {old + 1: place for place, old in enumerate(places, start=1)}
+        moved.heads = [new[head] for head in moved.heads]
     if moved.entities:
         moved.entities = move_entities(sentence.entities, places)
     return moved
 
-# Returns BIO tags in a new order. An entity that comes apart becomes several, and each begins with
-# B-. The authors' code differs: after an inversion it leaves an I- before its B-.
+# Returns BIO tags in a new order. An entity of three words has B, I, I also after an inversion. One
+# that comes apart becomes several, and each begins with B-. The authors' code differs: after an
+# inversion it leaves an I- before its B-.
 def move_entities(tags, places):
     numbers, entity, previous = [], 0, "O"
     for tag in tags:
         # An I- tag that continues nothing of its type begins an entity, as in CoNLL-2003.
-        if tag.startswith("B-") or tag[1:] != previous[1:]:
+        if tag.startswith("B-") or tag[2:] != previous[2:]:
             entity += 1
         numbers.append(entity)
         previous = tag
@@ -437,8 +441,7 @@ def is_final_mark(word):  # in either script
 
 def inverted_order(sentence, **context):
     """The words in reverse, but for the mark that ends the sentence. The authors keep '.', '!' and
-    '?' last; here it is the marks of all scripts, and '...' and '?!' too. An entity of three words
-    comes out as one, its words in reverse and its tags B, I, I again."""
+    '?' last; here it is the marks of all scripts, and '...' and '?!' too."""
     places = list(range(len(sentence.words)))[::-1]
     if places and is_final_mark(sentence.words[-1]):
         places.append(places.pop(0))
@@ -455,11 +458,13 @@ def permuted_order(sentence, seed, index, **context):
 # nouns and verbs in the order of another language. Its model is simpler, as it only counts pairs.
 # Under a noun, how often did an adjective that is an `amod` come before the noun itself? That is
 # the count of "NOUN amod/ADJ head/NOUN". The same is counted without tags, "NOUN amod head".
+# A language to imitate without a treebank, subject, object, verb: heads and dependents from left to
+# right. Adjectives come after nouns, and there are postpositions.
 SOV_FAMILIES = {
     "VERB": "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
-    "NOUN": "cc acl det nmod compound head flat amod nummod case cop aux mark conj",
+    "NOUN": "cc advmod advcl nsubj obl acl det nmod compound head flat amod nummod case cop aux"
+    " mark conj",
 }
-# A language to imitate without a treebank: verbs last, adjectives after nouns, postpositions.
 SOV = {
     f"{kind} {first} {second}": 1
     for kind, family in SOV_FAMILIES.items()
@@ -473,6 +478,7 @@ def families(sentence):
     if None in (sentence.upos, sentence.heads, sentence.deprels):
         raise InputError("syntax needs tags and trees; give CoNLL-U that has UPOS, HEAD and DEPREL")
     members = defaultdict(dict)
+    # Words come from left to right, and a head takes its place among its dependents.
     for word, upos in enumerate(sentence.upos):
         members[word][word] = f"head/{upos}"
         relation = sentence.deprels[word].partition(":")[0]
@@ -501,8 +507,8 @@ def lead(model, kind, one, other):
     return model.get(f"{kind} {one} {other}", 0) - model.get(f"{kind} {other} {one}", 0)
 
 # Returns the words of a family in the order of the model's language. A word gets a point for every
-# other one that it leads, and loses one for every other one that leads it. The words are sorted by
-# their points, and equals keep their order.
+# other one that it leads, and loses one for each that leads it. The words are sorted by their
+# points, and equals keep their order.
 def arrange(model, kind, family):
     # A head may have hundreds of dependents, but these are of few sorts.
     sizes, points = Counter(family.values()), Counter()
@@ -519,32 +525,32 @@ def syntax_order(sentence, order, **context):
     """The dependents of nouns and verbs in the order of the model's language. A subtree moves as a
     whole, and one with gaps is drawn together. Punctuation keeps its place in its family, so that a
     final '.' stays final."""
-    # places[head, word] is the place that a word gets in the family of a head, out of those that
-    # the words of the family have now. "red house" has 0 and 1: if adjectives follow nouns,
-    # places[1, 1] is 0 and places[1, 0] is 1. A word that keeps its place may be left out.
-    places = {}
+    # place_in[head, word] is the place that a word gets in the family of a head, out of those that
+    # the family has now. "red house" has 0 and 1: if adjectives follow nouns, place_in[1, 1] is 0
+    # and place_in[1, 0] is 1. A word that keeps its place may be left out.
+    place_in = {}
     for head, kind, family in families(sentence):
         for place, word in zip(family, arrange(order, kind, family), strict=True):
-            places[head, word] = place
+            place_in[head, word] = place
 
-    # Returns the places on the way down from the root, one a family: that of the root's head, 0 in
-    # CoNLL-U and -1 here, and so on to the word's own family, in which it is the head.
-    def path(word):
-        found = [places.get((word, word), word)]
-        while word >= 0:
+    # Returns a word's places in the families from the root's down to its own: those of the words on
+    # the way, each in the family of its head, and last the word's own in the family that it heads.
+    def sort_key(word):
+        key = [place_in.get((word, word), word)]
+        while word >= 0:  # The root's head, 0 in CoNLL-U, is -1 here.
             head = sentence.heads[word] - 1
-            found.append(places.get((head, word), word))
+            key.append(place_in.get((head, word), word))
             word = head
-        return found[::-1]
+        return key[::-1]
 
-    # Python compares lists by their first elements that differ. Those are places in the one family
-    # where the ways to two words part.
-    return sorted(range(len(sentence.words)), key=path)
+    # Two lists are compared where they first differ. For two words that is in the smallest family
+    # that both are below, and so whole subtrees are put in order.
+    return sorted(range(len(sentence.words)), key=sort_key)
 
-# A fifth one that moves words is a row here and a function. Spelling is another matter: train.py
-# transliterates ids instead of words (`alignmlm.derive_ids`).
+# A new transformation that moves words is a function and a row here. Spelling is another matter:
+# train.py transliterates ids instead of words (`alignmlm.derive_ids`).
 TRANSFORMS = {
-    "transliterate": Transformation(spell=transliterate_word, restore=restore_word),
+    "transliterate": Transformation(spell=transliterate_word, unspell=restore_word),
     "invert": Transformation(inverted_order),
     "permute": Transformation(permuted_order),
     "syntax": Transformation(syntax_order),
@@ -559,10 +565,10 @@ def parse_transform(text):
     return names
 
 def transform(sentence, names, seed=0, index=0, order=SOV):
-    """The sentence after the named transformations, one by one, and the steps for `restore`. The
-    names are a list, as `parse_transform` gives it.
+    """The sentence after the named transformations, one by one, and the steps for `restore`.
 
-    `permute` depends on seed and index, the sentence's number; `syntax` on the order model.
+    names: as from `parse_transform`. `permute` depends on seed and index, the sentence's number;
+    `syntax` on order, from `learn_order`.
     """
     steps = []
     for name in names:
@@ -577,7 +583,7 @@ def restore(sentence, steps):
     """The sentence that `transform` was given, labels and all."""
     for name, places, entities in reversed(steps):
         sentence = replace(reorder(sentence, np.argsort(places)), entities=entities)
-        sentence.words = list(map(TRANSFORMS[name].restore, sentence.words))
+        sentence.words = list(map(TRANSFORMS[name].unspell, sentence.words))
     return sentence
 
 # ----------------------------------------------------------------------------------- the readers
@@ -607,23 +613,25 @@ def nonempty(path, sentences):  # Yields the sentences that have words. One of t
 
 # Words are those of Unicode's word boundaries, `(?w)\b`, which keep vowel signs and joiners with
 # their letters and split Han one by one. In addition these are one word:
+TITLE = "(?:Mr|Mrs|Ms|Dr|St)"
 WORD = regex.compile(
-    r"""(?wx)
-    (?:Mr|Mrs|Ms|Dr|St)\.                      # titles with their dot
-    | \.{2,} | -{2,}                          # "..." and "--"
-    | [\u2800-\u28ff]+                        # runs of Braille, which is transliterated text
-    | \p{Line_Break=Complex_Context}+         # and of scripts without boundaries, such as Thai
-    | \w.*?\b (?:[-'\u2019] \w.*?\b)*        # words with hyphens and apostrophes
+    rf"""(?wx)
+    {TITLE}\.                                 # titles with their dot
+    | \.{{2,}} | -{{2,}}                      # "..." and "--"
+    | [\u2800-\u28ff]+                       # runs of Braille, which is transliterated text
+    | \p{{Line_Break=Complex_Context}}+       # and of scripts without boundaries, such as Thai
+    | \w.*?\b (?:[-'’] \w.*?\b)*             # words with hyphens and apostrophes
     | \S.*?\b                                # what else there is, such as marks
     """
 )
-# A sentence ends with marks of which one is of those of CJK that take no space after them; or with
-# marks and white space, if no lower case comes next; or with its line. Quotes may close after them.
-CLOSING = r"[\"'»)\u201d\u2019\u300d\u300f\uff09]*+"
+# A sentence ends (a) after marks that include a full-width one, as Chinese and Japanese put no
+# space after it; (b) after marks and white space, unless lower case follows; (c) with its line.
+# Quotes may close after the marks. `*+` and `++` never give back what they matched.
+CLOSING = r"[\"'»)”’」』）]*+"
 SENTENCE = regex.compile(
     rf"""(?sx)
-    .+? (?<! \b (?:Mr|Mrs|Ms|Dr|St) ) (?:
-        {MARK}*? [\u3002\uff01\uff1f\uff61] {MARK}*+ {CLOSING} \s*+
+    .+? (?<! \b {TITLE} ) (?:
+        {MARK}*? [。！？｡] {MARK}*+ {CLOSING} \s*+
         | {MARK}++ {CLOSING} \s++ (?!\p{{Ll}})
     )
     | .+
@@ -651,10 +659,10 @@ def blocks_of(lines):  # Yields what stands between blank lines, as lists of (wh
 LABEL_COLUMNS = {"upos": 3, "heads": 6, "deprels": 7}
 # An item of the last one, MISC. Treebanks with other annotation under this name have other values.
 ENTITY = regex.compile(r"(?:^|\|)Entity=(O|[BI]-[^|]+)")
-# An old Mac's file is one line, and no comment.
+# With the line ends of old Macs, "\r", a file is one line, which is no comment even after `#`.
 COMMENT = regex.compile(r"#[^\r]*")
 
-# Returns the Sentence of a block of CoNLL-U, also if it has no words; its rows of ten columns; and
+# Returns the Sentence of a block of CoNLL-U, even if it has no words; its rows of ten columns; and
 # its comments.
 def parse_block(block):
     rows, comments = [], []
@@ -664,13 +672,14 @@ def parse_block(block):
             comments.append(line)
         elif len(columns) == 10 and columns[0] == str(len(rows) + 1):
             rows.append(columns)
-        # Multi-word tokens, "3-4", and empty nodes, "3.1", are no words.
-        elif len(columns) != 10 or not regex.fullmatch(r"\d+[-.]\d+", columns[0]):
+        elif len(columns) == 10 and regex.fullmatch(r"\d+[-.]\d+", columns[0]):
+            pass  # Multi-word tokens, "3-4", and empty nodes, "3.1", are no words.
+        else:
             raise InputError(
                 f"{where}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
                 "with a blank line at the end, in 10 columns split by tabs"
             )
-    where = block[0][0]
+    where = block[0][0]  # the first line
     sentence = Sentence([row[1] for row in rows])
     # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
     if len(rows) > 1 and set(sentence.words) == {"_"}:
@@ -725,12 +734,14 @@ def looks_like_conllu(path):
     """Whether a file is CoNLL-U, by its content. What this reads of a pipe is gone afterwards."""
     return peek(read_lines(path))[0]
 
-# The forms that a row of a word and its tag may have. Universal NER has `-` where it should be O.
+# The forms that a row of a word and its tag may have, with a number in front or without, and with
+# the tag right after the word or last. Universal NER has `-` where it should be O.
+TAG = r"\t(O|-|[BI]-\S+)"
 BIO_ROWS = [
-    r"\d+\t([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",  # 1 Ana B-PER - -
-    r"\d+\t([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",  # 1 Ana NNP B-NP B-PER
-    r"([^\t]+)\t([O-]|[BI]-\S+)(?:\t.*)?",  # Ana B-PER NNP
-    r"([^\t]+)(?:\t[^\t]+)*\t([O-]|[BI]-\S+)",  # Ana NNP B-NP B-PER
+    rf"\d+\t([^\t]+){TAG}(?:\t.*)?",  # 1 Ana B-PER - -
+    rf"\d+\t([^\t]+)(?:\t[^\t]+)*{TAG}",  # 1 Ana NNP B-NP B-PER
+    rf"([^\t]+){TAG}(?:\t.*)?",  # Ana B-PER NNP
+    rf"([^\t]+)(?:\t[^\t]+)*{TAG}",  # Ana NNP B-NP B-PER
 ]
 
 def read_bio(path):
@@ -749,8 +760,8 @@ def tab_columns(lines):
 
 def bio_sentences(blocks):
     # What a column holds is a matter of the file and not of a row, where a number may be a word. A
-    # hundred sentences tell: their form is the one that finds most tags. A column of nothing but
-    # `-` has none.
+    # hundred sentences tell: their form is the one that finds most tags, or the first of equals. A
+    # column of nothing but `-` has no tags.
     found = Counter()
     for _, line in chain(*blocks[:100]):
         for form in BIO_ROWS:
@@ -774,10 +785,10 @@ def bio_sentences(blocks):
         # In the same order: this makes B- of an I- that continues nothing.
         yield Sentence(words, entities=move_entities(tags, range(len(tags))))
 
-# What else the columns of pairs are called. A gold label overrules those of single annotators.
+# Other names of the columns of pairs. A gold label overrules those of single annotators.
 COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
            "gold_label": "label"}  # fmt: skip
-# What else the labels are called. Annotators did not agree on a pair with `-`.
+# Other names of the labels. `-` says that annotators did not agree.
 LABELS = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-", "": "-",
           "contradictory": "contradiction"}  # fmt: skip
 
@@ -791,9 +802,7 @@ def rows_of_pairs(path):
         for where, line in lines[1:]:
             cells = line.split("\t")
             if len(cells) != len(names):
-                raise InputError(
-                    f"{where}: {len(cells)} columns, unlike the header; mend the line"
-                )
+                raise InputError(f"{where}: {len(cells)} columns, unlike the header; fix the line")
             yield where, dict(zip(names, cells, strict=True))
         return
     # JSON whose first line is not a whole object is one value, which ends where the file does.
@@ -803,7 +812,7 @@ def rows_of_pairs(path):
         try:
             items = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: no JSON, {error}; mend the line") from None
+            raise InputError(f"{where}: no JSON, {error}; fix the line") from None
         if not isinstance(items, list):
             items = [items]
         for number, item in enumerate(items, start=1):
@@ -820,7 +829,7 @@ def read_inferences(path, language="en"):
             for name, usual in COLUMNS.items():
                 if name in row:
                     row[usual] = row[name]
-            # Half of a surrogate pair, as in "\\ud83d", has no encoding.
+            # Half of a surrogate pair, as in "\ud83d", has no encoding.
             (row["premise"] + row["hypothesis"]).encode()
             premise = Sentence(WORD.findall(row["premise"]))
             hypothesis = Sentence(WORD.findall(row["hypothesis"]))
@@ -835,7 +844,7 @@ def read_inferences(path, language="en"):
         if label not in INFERENCES:
             raise InputError(f"{where}: label {label!r}; give {', '.join(INFERENCES)} or -")
         if not premise.words or not hypothesis.words:
-            raise InputError(f"{where}: a sentence without words; mend or remove the line")
+            raise InputError(f"{where}: a sentence without words; fix or remove the line")
         yield Inference(premise, hypothesis, label)
         empty = False
     if empty:
@@ -864,7 +873,8 @@ def conllu_lines(sentence, rows, comments):
                 row[column] = str(labels[number])
         # Where there are two entity tags `parse_block` takes the first, which is the new one.
         if sentence.entities:
-            row[9] = f"Entity={sentence.entities[number]}|{row[9]}".removesuffix("|_")
+            entity = f"Entity={sentence.entities[number]}"
+            row[9] = entity if row[9] == "_" else f"{entity}|{row[9]}"
         yield "\t".join(row)
     yield ""
 
@@ -902,7 +912,7 @@ def restore_file(args):
             if not note:
                 where = block[0][0]
                 raise InputError(f"{where}: MISC without Old=; give a file that transform wrote")
-            row[9], row[0], row[6], row[1] = note.groups()
+            row[9], row[0], row[6], row[1] = note.groups()  # MISC, ID, HEAD, FORM
         # The old numbers tell the old order.
         rows.sort(key=lambda row: int(row[0]))
         yield from [*comments, *map("\t".join, rows), ""]
@@ -935,17 +945,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 def guarded(main):
-    """Run a command. What its user can mend is one line, and exit status 2; Ctrl-C is 130."""
+    """Run a command. What its user can fix is one line, and exit status 2; Ctrl-C is 130."""
     name = Path(sys.argv[0]).name
     try:
         return main()
     except KeyboardInterrupt:  # The line of a progress bar is ended first.
         status, message = 130, f"\n{name}: interrupted"
-    except OSError as error:
-        status, message = 2, f"{name}: {error.filename}: {error.strerror}; give another path"
-    except (ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
-    # After the except clause, since it frees the error's frames: a progress bar closes first.
+    # With the except clause the error's frames have ended, and so has a progress bar in them, which
+    # would write over the line.
     print(message, file=sys.stderr)
     sys.exit(status)
 

@@ -52,7 +52,7 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ("eval.py", "requires_grad_(not s.freeze_embeddings)", "requires_grad_(True)"),
     ("synth_lang.py", "places.append(places.pop(0))", "places.append(places.pop())"),
     ('synth_lang.py', 'prefix = "I" if numbers[old] == last else "B"', 'prefix = "I" if numbers[old] >= last else "B"'),
-    ("synth_lang.py", "np.argsort([-1, *places])[moved.heads]", "np.array([0, *places])[moved.heads]"),
+    ("synth_lang.py", "[new[head] for head in moved.heads]", "[head for head in moved.heads]"),
     ("synth_lang.py", "in reversed(steps)", "in steps"),
     ('synth_lang.py', 'random.Random(f"{seed}/{index}")', 'random.Random(f"{seed}")'),
     ("synth_lang.py", "sorted(family, key=lambda word: -points[family[word]])", "sorted(family, key=lambda word: points[family[word]])"),
