@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from scipy.stats import PermutationMethod, pearsonr, rankdata
+from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
-from tqdm import tqdm
 
 import synth_lang
 import train
@@ -48,6 +48,8 @@ from alignmlm import from_hf, make_dictionary, rotate, words_of_both, write_file
 SILENT = -100  # the label of a token at which nothing is asked
 TUNE_BATCH = 32  # rows in a step of fine-tuning, as in the paper
 GRID_SETTINGS = "transform", "objective", "seed"  # what every grid varies
+# What an ablation can vary beside them.
+OTHER_SETTINGS = [name for name in Settings.__dataclass_fields__ if name not in GRID_SETTINGS]
 COLUMNS = ["source", "BS", "BZ", "Delta", "BZ rotated"]  # of a report, with the following
 COLUMNS += ["alignment all", "alignment outside", "alignment outside rotated"]
 
@@ -86,28 +88,24 @@ class Task:
     def labels_of(self, example):
         return getattr(example, self.field)
 
-    def all_labels(self, examples):  # in one list
-        return list(chain.from_iterable(map(self.labels_of, examples)))
+    def row(self, example, index, derive, languages):
+        """The token ids, and of the first of them the labels, None where nothing is asked.
 
-    def row(self, example, index, derive, encode):
-        """The token ids of one word after the other, and what is asked of the first of them.
-
-        derive gives a sentence in the language of the row; encode gives the ids of a word."""
+        derive gives a sentence in the language of the row."""
         sentence = derive(example, index)
-        yield [BOS], None
-        # As in BERT a word has its label at its first sub-word, and the others are not asked.
+        tokens, labels = [BOS], [None]
         for word, label in zip(sentence.words, self.labels_of(sentence), strict=True):
-            yield encode(word), label
-        yield [EOS], None
+            ids = languages.encode(word)
+            tokens += ids
+            # As in BERT a word has its label at its first sub-word, and the others are not asked.
+            labels += [label] + [None] * (len(ids) - 1)
+        return [*tokens, EOS], labels
 
-    def score(self, answers):
-        """In percent. answers: of each row the right labels and those said, arrays of names."""
+    def score(self, gold, said):
+        """In percent. gold, said: of each row the names of the right labels and of those said."""
         # Accuracy is over all words of all rows, so that long rows count more.
-        right = asked = 0
-        for gold, said in answers:
-            right += sum(gold == said)
-            asked += len(gold)
-        return 100 * right / max(asked, 1)
+        right = np.concatenate(gold) == np.concatenate(said)
+        return 100 * right.sum() / right.size
 
 class Ner(Task):
     """Named entities, as BIO tags of the words."""
@@ -118,27 +116,12 @@ class Ner(Task):
     def read(self, path, language):
         return synth_lang.read_bio(path)
 
-    def score(self, answers):
-        # F1 is 2 |both| / (|gold| + |said|), over the entities of all rows.
-        both = total = 0
-        for gold, said in answers:
-            gold, said = entities(gold), entities(said)
-            both += len(gold & said)
-            total += len(gold) + len(said)
-        return 200 * both / max(total, 1)
-
-def entities(tags):
-    """The entities in BIO tags, well-formed or not: a set of (type, first word, last word + 1)."""
-    found = set()
-    start, previous = 0, "O"
-    for place, tag in enumerate([*tags, "O"]):
-        # An I- tag that continues nothing of its type begins an entity, as in CoNLL-2003.
-        if tag.startswith("B-") or tag[2:] != previous[2:]:
-            if previous != "O":
-                found.add((previous[2:], start, place))
-            start = place
-        previous = tag
-    return found
+    def score(self, gold, said):
+        # seqeval finds (type, first word, last word) of each entity as CoNLL-2003 does, also where
+        # what is said is ill-formed, as an I- that continues nothing is.
+        gold, said = set(get_entities(gold)), set(get_entities(said))
+        # This is F1. All rows count together, as many of them have no entity.
+        return 200 * len(gold & said) / max(len(gold) + len(said), 1)
 
 class Nli(Task):
     """Natural language inference: one label, asked for at BOS of BOS premise EOS hypothesis EOS."""
@@ -154,37 +137,43 @@ class Nli(Task):
     def labels_of(self, example):
         return [example.label]
 
-    def row(self, example, index, derive, encode):
-        yield [BOS], example.label
+    def row(self, example, index, derive, languages):
+        tokens = [BOS]
         # Each of the two is derived by itself: under T_inv the premise still comes first.
         for sentence in (example.premise, example.hypothesis):
-            for word in derive(sentence, index).words:
-                yield encode(word), None
-            yield [EOS], None
-
-def words_alone(learn, test):
-    """Accuracy of naive Bayes, which is told the hypothesis's words and which of them the premise
-    lacks. It shows what single words give, without their order and what they mean together."""
-
-    def evidence(pair):
-        words = set(pair.hypothesis.words)
-        return words | {f"lacking {word}" for word in words - set(pair.premise.words)}
-
-    # A piece of evidence that no pair to learn from had is left out of a test pair.
-    bayes = make_pipeline(CountVectorizer(analyzer=evidence), MultinomialNB())
-    bayes.fit(learn, [pair.label for pair in learn])
-    return 100 * bayes.score(test, [pair.label for pair in test])
+            tokens += languages.encode_sentence(derive(sentence, index))
+        return tokens, [example.label]
 
 TASKS = {"pos": Task(), "ner": Ner(), "nli": Nli()}
 
-def read_examples(args):
+def baselines(name, learn, test):
+    """What can be had without a model, in percent."""
+    task = TASKS[name]
+    # Always the label that is commonest in the examples to learn from.
+    commonest = mode(chain(*map(task.labels_of, learn)))
+    gold = [task.labels_of(example) for example in test]
+    scores = {"chance": task.score(gold, [[commonest] * len(row) for row in gold])}
+    if name == "nli":
+        # What single words tell, without their order and what they mean together. A piece of
+        # evidence that no pair to learn from had is left out of a test pair.
+        bayes = make_pipeline(CountVectorizer(analyzer=evidence), MultinomialNB())
+        bayes.fit(learn, [pair.label for pair in learn])
+        scores["words alone"] = 100 * bayes.score(test, [pair.label for pair in test])
+    return scores
+
+def evidence(pair):
+    """The hypothesis's words, and which of them the premise lacks."""
+    words = set(pair.hypothesis.words)
+    return words | {f"lacking {word}" for word in words - set(pair.premise.words)}
+
+def read_examples(tasks, args):
     """The examples of each task: those to learn from, and those to test on.
 
     They are read before anything is trained, so that a bad file is refused at once."""
-    if {len(args.train), len(args.test)} not in ({0}, {len(args.tasks)}):
+    if {len(args.train), len(args.test)} not in ({0}, {len(tasks)}):
         raise ValueError("--train, --test: give one file of each for each task, or none")
     examples = {}
-    for number, name in enumerate(args.tasks):
+    for number, name in enumerate(tasks):
         task = TASKS[name]
         if args.train:
             files = args.train[number], args.test[number]
@@ -192,45 +181,42 @@ def read_examples(args):
             if None in map(task.labels_of, chain(*parts)):
                 raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
         else:
-            # The text of pre-training has the seed 0.
+            # Seeds 1 and 2: the text of pre-training has 0, and nothing is tested on what was seen.
             parts = [list(task.generate(n, seed)) for seed, n in enumerate(task.counts, 1)]
         examples[name] = parts
     return examples
 
-def make_rows(task, examples, names, languages, s, derived):
-    """Rows in one language: [0] their token ids and [1] their labels, (2, rows, T) int64.
+def make_rows(task, examples, names, languages, s, language):
+    """Rows in a language, 0 or 1: token ids, labels and the language, (3, rows, T) int64.
 
     names[label] is the name of a label."""
     # The words are derived before they are cut into sub-words, and T_trans acts on the ids below.
-    derive = languages.derive if derived else lambda sentence, index: sentence
+    derive = languages.derive if language else lambda sentence, index: sentence
+    numbers = {name: number for number, name in enumerate(names)} | {None: SILENT}
     longest = min(s.tune_length, s.positions)
-    rows = np.full((2, len(examples), longest), [[[PAD]], [[SILENT]]])
+    rows = np.full((3, len(examples), longest), [[[PAD]], [[SILENT]], [[language]]])
     cut = 0
     for index, example in enumerate(examples):
-        tokens, labels = [], []
-        for ids, label in task.row(example, index, derive, languages.encode):
-            tokens += ids
-            labels += [SILENT] * len(ids)
-            if label is not None:
-                labels[-len(ids)] = names.index(label)  # at the first token of the word
+        tokens, labels = task.row(example, index, derive, languages)
+        # The words that are cut off are neither learned from nor scored.
         cut += len(tokens) > longest
-        rows[:, index, : len(tokens)] = np.array([tokens, labels])[:, :longest]
-    if derived:
+        rows[0, index, : len(tokens)] = tokens[:longest]
+        rows[1, index, : len(labels)] = [numbers[label] for label in labels[:longest]]
+    if language:
         rows[0] = derive_ids(rows[0], s)
     elif cut:  # A sentence and its counterpart have equally many tokens: this is said once.
         print(f"{cut} of {len(examples)} rows are cut to {longest} tokens", file=sys.stderr)
     return torch.from_numpy(rows)
 
 # ---------------------------------------------------------------------------------- fine-tuning
-def predict(tagger, tokens, language):
-    """tokens (B, T) int64, padded -> logits (B, T, labels)."""
+def predict(tagger, tokens, languages):
+    """tokens and languages (B, T) int64, padded -> logits (B, T, labels)."""
     # Nothing looks at padding, and so a row's logits do not depend on the rows beside it.
     seen = (tokens != PAD)[:, None, None, :]
-    hidden = tagger.encode(tokens, torch.full_like(tokens, language), attention_mask=seen)
-    return tagger.classifier(hidden)
+    return tagger.classifier(tagger.encode(tokens, languages, attention_mask=seen))
 
 def batches(rows):
-    """Rows (2, rows, T) in random order, TUNE_BATCH at a time: (2, B, T).
+    """Rows (3, rows, T) in random order, TUNE_BATCH at a time: (3, B, T).
 
     Those of about equal length share a batch, so that little of it is padding. They are shuffled
     before they are sorted, so that rows of one length meet others in every epoch."""
@@ -241,8 +227,8 @@ def batches(rows):
         part = parts[number]
         yield rows[:, part, : lengths[part].max()]
 
-def fine_tune(model, rows, labels, language, epochs):
-    """A tagger trained on rows of a language: a copy of the model with a classifier of labels."""
+def fine_tune(model, rows, labels, epochs):
+    """A tagger trained on rows: a copy of the model with a classifier of so many labels."""
     s = model.settings
     # The seed decides the classifier, the order of the rows and dropout.
     torch.manual_seed(s.seed)
@@ -258,70 +244,69 @@ def fine_tune(model, rows, labels, language, epochs):
     tuning = replace(tuning, steps=steps, warmup=steps // 10, decay_share=1.0)
     optimizers = train.make_optimizers(tagger, tuning)
     parts = chain.from_iterable(batches(rows) for _ in range(epochs))
-    for step, (tokens, gold) in enumerate(parts):
-        logits = predict(tagger, tokens, language).flatten(0, 1)
+    for step, (tokens, gold, languages) in enumerate(parts):
+        logits = predict(tagger, tokens, languages).flatten(0, 1)
         F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
         train.update(tagger, optimizers, train.schedule(step, tuning))
     return tagger.eval()
 
 @torch.no_grad()
-def measure(tagger, task, rows, names, language):
-    """The task's score, in percent, on rows of a language."""
+def measure(tagger, task, rows, names):
+    """The task's score, in percent, on rows."""
     # Names are compared, and not numbers, as F1 needs the names of BIO tags.
-    names, answers = np.array(names), []
-    for tokens, labels in batches(rows):
-        found = predict(tagger, tokens, language).argmax(2).numpy(force=True)
-        for gold, said in zip(labels.numpy(force=True), found, strict=True):
-            asked = gold != SILENT
-            answers.append((names[gold[asked]], names[said[asked]]))
-    return task.score(answers)
+    names, gold, said = np.array(names), [], []
+    for tokens, labels, languages in batches(rows):
+        found = predict(tagger, tokens, languages).argmax(2).numpy(force=True)
+        for right, answer in zip(labels.numpy(force=True), found, strict=True):
+            asked = right != SILENT
+            gold.append(names[right[asked]].tolist())
+            said.append(names[answer[asked]].tolist())
+    return task.score(gold, said)
 
 def read_run(folder):
     """The model and the Languages of a finished run. Raises ValueError or OSError without one."""
+    # What transformers keeps of a model does not say which experiment it is of.
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     model = from_hf(folder / "model", Settings(**settings))
     return model, train.Languages(folder, model.settings)
 
-def evaluate(folder, name, examples, device):
+def evaluate(folder, name, examples, device=train.DEVICES[0]):
     """Fine-tune and test a run on a task and write folder/NAME.json; returns what it holds."""
     task, (learn, test) = TASKS[name], examples
     model, languages = read_run(folder)
     model, s = model.to(device), model.settings
-    known = set(task.all_labels(learn))
-    unknown = set(task.all_labels(test)) - known
+    known = set(chain(*map(task.labels_of, learn)))
+    unknown = set(chain(*map(task.labels_of, test))) - known
     if unknown:
         text = ", ".join(sorted(unknown))
         print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
     # What only the test has gets a name, but no logit.
     names = [*sorted(known), *sorted(unknown)]
-    original = make_rows(task, learn + test, names, languages, s, derived=False).to(device)
-    derived = make_rows(task, learn + test, names, languages, s, derived=True).to(device)
-    # The rows of the examples to learn from come first, n of them.
-    n, epochs = len(learn), math.ceil(task.epoch_share * s.tune_epochs)
+    # The index of T_perm goes on from the examples to learn from to those of the test, and so the
+    # rows of both are made together: (2 languages, 3, rows, T), the original language first.
+    rows = [make_rows(task, learn + test, names, languages, s, language) for language in (0, 1)]
+    rows = torch.stack(rows).to(device)
+    learn_rows, test_rows = rows.split([len(learn), len(test)], dim=2)
+    epochs = math.ceil(task.epoch_share * s.tune_epochs)
     # One tagger serves source, BZ and BZ rotated; the other one is for BS alone.
-    zero_shot = fine_tune(model, original[:, :n], len(known), 0, epochs)
-    supervised = fine_tune(model, derived[:, :n], len(known), 1, epochs)
-
-    # The last argument tells the language, of which only some objectives have embeddings.
-    cell = {"task": name, **asdict(s)}
-    cell["source"] = measure(zero_shot, task, original[:, n:], names, 0)
-    cell["BS"] = measure(supervised, task, derived[:, n:], names, 1)
-    cell["BZ"] = measure(zero_shot, task, derived[:, n:], names, 1)
-    cell["Delta"] = cell["BZ"] - cell["BS"]
+    zero_shot = fine_tune(model, learn_rows[0], len(known), epochs)
+    supervised = fine_tune(model, learn_rows[1], len(known), epochs)
     # Fine-tuning may have moved embeddings, and so the rotation is fitted on the tagger's. Turned
-    # words count as words of the original language, 0.
+    # words have the original language's embedding in it, whatever language a row is in.
     dictionary = make_dictionary(s)
-    cell["BZ rotated"] = measure(rotate(zero_shot, dictionary), task, derived[:, n:], names, 0)
+    rotated = rotate(zero_shot, dictionary)
+
+    cell = {"task": name, **asdict(s)}
+    cell["source"] = measure(zero_shot, task, test_rows[0], names)
+    cell["BS"] = measure(supervised, task, test_rows[1], names)
+    cell["BZ"] = measure(zero_shot, task, test_rows[1], names)
+    cell["Delta"] = cell["BZ"] - cell["BS"]
+    cell["BZ rotated"] = measure(rotated, task, test_rows[1], names)
     # Alignment is that of the pre-trained model, before fine-tuning.
     for suffix, scored in (("", model), (" rotated", rotate(model, dictionary))):
         for words, share in alignment_score(scored, dictionary).items():
             cell[f"alignment {words}{suffix}"] = share
-    # What can be had without a model.
-    commonest = mode(task.all_labels(learn))
-    rows = [np.array(task.labels_of(example)) for example in test]
-    cell["chance"] = task.score((row, [commonest] * len(row)) for row in rows)
-    if name == "nli":
-        cell["words alone"] = words_alone(learn, test)
+    cell |= baselines(name, learn, test)
     write_file(folder / f"{name}.json", json.dumps(cell, indent=2).encode())
     return cell
 
@@ -365,76 +350,83 @@ def markdown(name, cells):
     table.insert(0, "seeds", groups.size())
     # Of the published columns those of this task, called by what they are: nli_BS becomes BS.
     paper = PUBLISHED.filter(regex=f"{name}|alignment")
-    paper.columns = [f"paper: {column.split('_')[-1]}" for column in paper]
+    paper.columns = "paper: " + paper.columns.str.removeprefix(f"{name}_")
     # A transformation or an objective that the paper does not have gets dashes.
-    table = table.reset_index().join(paper, on=["transform", "objective"])
-    lines = [f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:", ""]
-    lines += [table.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True), ""]
-    lines.append(f"Always saying the commonest label: {cells['chance'].mean():.1f}.")
+    table = table.join(paper).reset_index()
+    # tabulate would write the number 95.0 as 95.
+    table = table.astype(object).fillna("-").to_markdown(index=False, disable_numparse=True)
+    text = f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:\n\n{table}\n\n"
+    text += f"Always saying the commonest label: {cells['chance'].mean():.1f}.\n"
     if name == "nli":
-        lines.append(f"A bag of words (naive Bayes): {cells['words alone'].mean():.1f}.")
+        text += f"A bag of words (naive Bayes): {cells['words alone'].mean():.1f}.\n"
     # As in the paper a row is one point, so that seeds do not count as several.
     means = groups[["alignment all", "Delta"]].mean()
     if len(means) > 2:
-        lines.append(correlation(means["alignment all"], means["Delta"]))
-    return "\n".join([*lines, "", ""])
+        text += correlation(means["alignment all"], means["Delta"]) + "\n"
+    return text + "\n"
 
 def draw_scores(name, cells, path):
-    """BS and BZ of every objective, a panel a transformation; a dot is a seed."""
+    """BS and BZ of every objective, a panel a transformation: mean and deviation over seeds."""
     title = f"{TASKS[name].title}, %"
     # A row for each BS and each BZ, as seaborn wants it.
     scores = cells.melt(["transform", "objective"], ["BS", "BZ"], "score", title)
-    # A bar is the mean over seeds, a line on it the standard deviation.
-    columns = {"x": "objective", "y": title, "hue": "score"}
-    grid = sns.catplot(scores, kind="bar", col="transform", errorbar="sd", **columns)
-    grid.map_dataframe(sns.stripplot, **columns, dodge=True, palette=["black", "black"])
+    grid = sns.catplot(
+        scores, kind="bar", errorbar="sd",
+        x="objective", y=title, hue="score", col="transform",
+    )  # fmt: skip
     grid.set_titles("{col_name}").set_xlabels("").savefig(path)
 
 def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
     logs = []
-    for run in runs.itertuples():
-        log = pd.read_json(folder / run.run / "log.jsonl", lines=True)
-        logs.append(log.assign(transform=run.transform, objective=run.objective))
+    for run in runs["run"]:
+        log = pd.read_json(folder / run / "log.jsonl", lines=True)
+        logs.append(log.assign(run=run))
     logs = pd.concat(logs)
     # Without words outside of D there is no such column, and nothing to draw.
     if "outside" in logs:
-        lines = {"x": "step", "y": "outside", "hue": "objective", "col": "transform"}
-        grid = sns.relplot(logs, kind="line", errorbar="sd", **lines)
+        grid = sns.relplot(
+            runs.merge(logs, on="run"), kind="line", errorbar="sd",
+            x="step", y="outside", hue="objective", col="transform",
+        )  # fmt: skip
         grid.set_titles("{col_name}").set_ylabels("alignment outside of D, %").savefig(path)
 
-def draw_words(folder, runs, path, count=30):
-    """The most frequent words of both languages on their first two principal components, before
+def draw_words(folder, runs, path):
+    """The 30 most frequent words of both languages on their first two principal components, before
     pre-training and after it, in the first run of each objective; a line joins a pair."""
     first = runs.drop_duplicates("objective")
-    models = {run.objective: read_run(folder / run.run)[0] for run in first.itertuples()}
-    s = models[first["objective"].iloc[0]].settings
+    titles = ["before pre-training", *first["objective"]]
+    models = [read_run(folder / run)[0] for run in first["run"]]
     # Before its first step a run's model is what its seed makes of its settings.
+    s = models[0].settings
     torch.manual_seed(s.seed)
-    models = {"before pre-training": MaskedLM(s), **models}
+    models.insert(0, MaskedLM(s))
     figure = Figure((4 * len(models), 4), layout="constrained")
-    for number, (title, model) in enumerate(models.items(), 1):
-        # SentencePiece orders ids by frequency. Some of these are single letters.
-        words = torch.cat([words.detach()[:count] for words in words_of_both(model)])
-        x, y = PCA(2).fit_transform(words).T.reshape(2, 2, count)  # (2 languages, words) each
-        axis = figure.add_subplot(1, len(models), number, title=title)
+    axes = figure.subplots(1, len(models))
+    for axis, title, model in zip(axes, titles, models, strict=True):
+        # SentencePiece orders ids by frequency. Some of these are single letters. Both languages
+        # are put on one plane, so that what parts them can be seen.
+        words = torch.cat([words[:30] for words in words_of_both(model)]).detach()
+        x, y = PCA(2).fit_transform(words).T.reshape(2, 2, 30)  # (2 languages, 30 words) each
         # A column is a pair, and so this draws a line for each.
         axis.plot(x, y, color="0.8")
         axis.plot(x[0], y[0], "o", label="original")
         axis.plot(x[1], y[1], "x", label="derived")
-    axis.legend()
+        axis.set_title(title)
+    axes[-1].legend()
     figure.savefig(path)
 
 def report(folder, out):
     """Print the tables of all finished runs; write them, their figures and results.json to out."""
     cells = read_cells(folder)
     out.mkdir(parents=True, exist_ok=True)
+    # This is before names change, so that others find settings as they were given.
     write_file(out / "results.json", json.dumps(cells, indent=1).encode())
     cells = pd.DataFrame(cells)
     cells["objective"] = [OBJECTIVES[name].label for name in cells["objective"]]
-    for name in Settings.__dataclass_fields__:
+    for name in OTHER_SETTINGS:
         # In an ablation the rows of a table differ in other settings too: these join the name.
-        if name not in GRID_SETTINGS and cells[name].nunique() > 1:
+        if cells[name].nunique() > 1:
             cells["transform"] += f", {name} " + cells[name].astype(str)
     text = ""
     for name, same in cells.groupby("task", sort=False):
@@ -455,9 +447,8 @@ def read_variants(vary):
     if not vary:
         return {"": {}}
     setting, *values = vary
-    if setting not in Settings.__dataclass_fields__ or setting in GRID_SETTINGS or not values:
-        refused = ", ".join(GRID_SETTINGS)
-        raise ValueError(f"--vary: give a setting other than {refused}, and its values")
+    if setting not in OTHER_SETTINGS or not values:
+        raise ValueError(f"--vary: give values after one of {', '.join(OTHER_SETTINGS)}")
     read = train.reader_of(setting)
     return {f"-{setting}={value}": {setting: read(value)} for value in values}
 
@@ -466,6 +457,7 @@ def run_cell(folder, s, examples, args):
     try:
         train.run(folder, s, args)
         for name in examples:
+            # The file is written whole, when the task is done.
             if not (folder / f"{name}.json").exists():
                 evaluate(folder, name, examples[name], args.device)
     except Exception as error:  # The other cells are to go on.
@@ -475,27 +467,25 @@ def grid(args):
     """Run every cell that is not finished, and report."""
     variants = read_variants(args.vary)
     # A bad file is refused here, before hours of training.
-    examples = read_examples(args)
+    examples = read_examples(args.tasks, args)
     jobs = []
     for suffix, transform, objective, seed in product(
         variants, args.transforms, args.objectives, range(args.seeds)
     ):
-        changes = {"transform": transform, "objective": objective, "seed": seed}
-        s = train.read_options(args, **changes, **variants[suffix])
+        s = train.read_options(
+            args, transform=transform, objective=objective, seed=seed, **variants[suffix]
+        )
         folder = args.out / f"{transform}-{objective}-{seed}{suffix}"
         if not train.is_finished(folder):  # The text of finished runs may be gone.
             train.prepare(args, s, args.out)  # once, before processes would do it side by side
         jobs.append(joblib.delayed(run_cell)(folder, s, examples, args))
     os.environ["TQDM_DISABLE"] = "1"  # in the processes to come: one bar is enough
     # joblib shares the cores out: two jobs on two cores have one thread each.
-    where = {"backend": "loky", "n_jobs": args.jobs}
-    # joblib has a backend for Dask, which needs the package `distributed`.
-    if args.scheduler:
+    where = {"n_jobs": args.jobs}
+    if args.scheduler:  # joblib has a backend for Dask, which needs the package `distributed`.
         where = {"backend": "dask", "scheduler_host": args.scheduler}
     with joblib.parallel_config(**where):
-        # Results come as they are finished, so that the bar moves.
-        done = joblib.Parallel(return_as="generator_unordered")(jobs)
-        failures = list(filter(None, tqdm(done, "cells", len(jobs))))
+        failures = list(filter(None, joblib.Parallel(verbose=10)(jobs)))
     # What is finished is reported, even if something failed.
     if len(failures) < len(jobs):
         report(args.out, args.out)
@@ -515,12 +505,11 @@ def main():
     for name in TASKS:
         one = commands.add_parser(name, parents=[files], help="fine-tune and test one run")
         one.add_argument("folder", type=Path, help="of a run of train.py")
-        one.add_argument("--device", choices=train.DEVICES, default=train.DEVICES[0])
-        one.set_defaults(tasks=[name])
     several = commands.add_parser("report", help="tables and figures of finished runs")
     several.add_argument("folder", type=Path, help="that has the runs' folders")
     several.add_argument("--results", type=Path, help="folder to write to (the same)")
     every = commands.add_parser("grid", parents=[files], help="train many runs, and report")
+    # By default it is what `make run` does.
     option = every.add_argument
     shown = {"help": "(%(default)s)", "nargs": "+"}
     option("--out", type=Path, default=Path("runs/tiny"), help="folder for the runs (%(default)s)")
@@ -529,7 +518,7 @@ def main():
     option("--seeds", type=int, default=2, help="how many (%(default)s)")
     option("--tasks", choices=TASKS, default=["pos"], **shown)
     option("--vary", nargs="+", help="an ablation: a setting and its values")
-    option("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    option("--jobs", type=int, default=-1, help="cells at a time (as many as there are cores)")
     option("--scheduler", help="address of a Dask cluster whose workers have one thread each")
     # A grid has several of these, and so they have options of their own.
     train.add_options(every, left_out=GRID_SETTINGS)
@@ -539,8 +528,8 @@ def main():
     elif args.command == "report":
         report(args.folder, args.results or args.folder)
     else:
-        examples = read_examples(args)[args.command]
-        print(json.dumps(evaluate(args.folder, args.command, examples, args.device), indent=2))
+        examples = read_examples([args.command], args)[args.command]
+        print(json.dumps(evaluate(args.folder, args.command, examples), indent=2))
 
 if __name__ == "__main__":
     synth_lang.guarded(main)

@@ -81,8 +81,9 @@ def test_a_tag_stands_at_the_first_sub_word_of_its_word(root, given, transform, 
     languages = train.Languages(root / "one", s)
     sentences = [Sentence([w for w, _ in row], upos=[tag for _, tag in row]) for row in given]
     for derived in (False, True):
-        rows = evaluation.make_rows(TASKS["pos"], sentences, TAGS, languages, s, derived)
-        assert rows.shape == (2, len(sentences), length) and rows.dtype == torch.int64
+        rows = evaluation.make_rows(TASKS["pos"], sentences, TAGS, languages, s, int(derived))
+        assert rows.shape == (3, len(sentences), length) and rows.dtype == torch.int64
+        assert (rows[2] == derived).all()
         for index, sentence in enumerate(sentences):
             if derived:
                 sentence = languages.derive(sentence, index)
@@ -102,7 +103,7 @@ def test_an_inference_is_one_row_with_its_label_at_the_beginning(root, derived):
     s = small(transform="transliterate+invert")
     languages = train.Languages(root / "one", s)
     pair = Inference(Sentence(["ab", "cd", "."]), Sentence(["ef", "ab"]), "neutral")
-    rows = evaluation.make_rows(TASKS["nli"], [pair], ["no", "neutral"], languages, s, derived)
+    rows = evaluation.make_rows(TASKS["nli"], [pair], ["no", "neutral"], languages, s, int(derived))
     tokens = [BOS]
     for text in ("cd ab .", "ab ef") if derived else ("ab cd .", "ef ab"):
         tokens += languages.encode_sentence(Sentence(text.split()))
@@ -114,19 +115,19 @@ def test_an_inference_is_one_row_with_its_label_at_the_beginning(root, derived):
 TAG = st.sampled_from(["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG"])
 GOLD_AND_SAID = st.lists(TAG.map(lambda tag: (tag, tag)) | st.tuples(TAG, TAG), min_size=1)
 
-@given(st.lists(TAG))
-def test_entities_are_those_that_seqeval_finds_in_ill_formed_tags_too(tags):
-    expected = seqeval.metrics.sequence_labeling.get_entities(tags)
-    assert evaluation.entities(tags) == {(kind, start, end + 1) for kind, start, end in expected}
-
 @given(st.lists(GOLD_AND_SAID, min_size=1, max_size=5))
 def test_f1_and_accuracy_are_seqevals(rows):
-    rows = [np.array(row).T for row in rows]
-    gold, said = [[row[side].tolist() for row in rows] for side in (0, 1)]
+    gold = [[tag for tag, _ in row] for row in rows]
+    said = [[tag for _, tag in row] for row in rows]
     f1 = seqeval.metrics.f1_score(gold, said, zero_division=0)
-    assert TASKS["ner"].score(rows) == pytest.approx(100 * f1)
+    assert TASKS["ner"].score(gold, said) == pytest.approx(100 * f1)
     accuracy = seqeval.metrics.accuracy_score(gold, said)
-    assert TASKS["pos"].score(rows) == pytest.approx(100 * accuracy)
+    assert TASKS["pos"].score(gold, said) == pytest.approx(100 * accuracy)
+
+def test_f1_is_of_whole_entities_which_end_with_their_row():
+    gold = [["B-PER", "I-PER", "O"], ["B-LOC"], ["I-LOC", "B-LOC"]]
+    said = [["B-PER", "O", "O"], ["I-LOC"], ["I-LOC", "I-LOC"]]
+    assert TASKS["ner"].score(gold, said) == 200 * 1 / (4 + 3)
 
 def test_words_alone_sees_what_only_the_premise_lacks():
     pairs = []
@@ -134,17 +135,18 @@ def test_words_alone_sees_what_only_the_premise_lacks():
         word = f"w{number % 20}"
         pairs.append(Inference(Sentence([word, "x"]), Sentence([word]), "entailment"))
         pairs.append(Inference(Sentence(["y", "x"]), Sentence([word]), "neutral"))
-    assert evaluation.words_alone(pairs[:40], pairs[40:]) == 100
+    found = evaluation.baselines("nli", pairs[:40], pairs[40:])
+    assert found == {"chance": 50, "words alone": 100}
 
 # ---------------------------------------------------------------------------------- fine-tuning
 def tagging_rows(s, count):
-    """Rows in which a token's label is its parity, so that E alone tells it."""
+    """Original rows in which a token's label is its parity, so that E alone tells it."""
     rng = np.random.default_rng(0)
-    rows = np.full((2, count, s.tune_length), [[[PAD]], [[SILENT]]])
+    rows = np.full((3, count, s.tune_length), [[[PAD]], [[SILENT]], [[0]]])
     for index in range(count):
         length = rng.integers(3, s.tune_length)
         tokens = rng.integers(SPECIALS, s.language_size, length)
-        rows[:, index, :length] = tokens, tokens % 2
+        rows[:2, index, :length] = tokens, tokens % 2
     return torch.from_numpy(rows)
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -154,20 +156,21 @@ def test_fine_tuning_learns_and_leaves_the_model_and_frozen_embeddings_alone(fro
     model, rows, scores = MaskedLM(s), tagging_rows(s, 120), []
     before = copy.deepcopy(model.state_dict())
     for epochs in (0, 12):
-        tagger = evaluation.fine_tune(model, rows, 2, 0, epochs)
-        scores.append(evaluation.measure(tagger, TASKS["pos"], rows, ["even", "odd"], 0))
+        tagger = evaluation.fine_tune(model, rows, 2, epochs)
+        scores.append(evaluation.measure(tagger, TASKS["pos"], rows, ["even", "odd"]))
     assert scores[0] < 75 and scores[1] > 95
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(tagger.word_embeddings.weight, model.word_embeddings.weight) == frozen
     assert not torch.equal(tagger.layers[0].up.weight, model.layers[0].up.weight)
-    other = evaluation.fine_tune(model, rows, 2, 1, 12)  # in the other language
+    rows[2] = 1
+    other = evaluation.fine_tune(model, rows, 2, 12)  # in the other language
     assert not torch.equal(tagger.classifier.weight, other.classifier.weight)
 
 def test_batches_have_each_row_once_and_little_padding():
     rows = tagging_rows(small(tune_length=30), 320)
     torch.manual_seed(0)
     seen, lengths, padding = [], [], 0
-    for tokens, labels in evaluation.batches(rows):
+    for tokens, labels, _ in evaluation.batches(rows):
         assert torch.equal(labels, torch.where(tokens == PAD, SILENT, tokens % 2))
         assert len(tokens) == evaluation.TUNE_BATCH
         seen += [row[row != PAD].tolist() for row in tokens]
