@@ -240,20 +240,23 @@ def fine_tune(model, rows, labels, epochs):
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
     # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained. The rate rises
     # in the first tenth of the steps and then falls to zero.
-    tuning = replace(s, optimizer="adamw", rate=s.tune_rate)
-    tuning = replace(tuning, steps=steps, warmup=steps // 10, decay_share=1.0)
+    tuning = replace(s, optimizer="adamw", rate=s.tune_rate, decay_share=1.0)
+    tuning = replace(tuning, steps=steps, warmup=steps // 10)
     optimizers = train.make_optimizers(tagger, tuning)
-    parts = chain.from_iterable(batches(rows) for _ in range(epochs))
-    for step, (tokens, gold, languages) in enumerate(parts):
-        logits = predict(tagger, tokens, languages).flatten(0, 1)
-        F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
-        train.update(tagger, optimizers, train.schedule(step, tuning))
+    step = 0
+    for _ in range(epochs):
+        for tokens, gold, languages in batches(rows):
+            logits = predict(tagger, tokens, languages).flatten(0, 1)
+            F.cross_entropy(logits, gold.flatten(), ignore_index=SILENT).backward()
+            train.update(tagger, optimizers, train.schedule(step, tuning))
+            step += 1
     return tagger.eval()
 
 @torch.no_grad()
 def measure(tagger, task, rows, names):
     """The task's score, in percent, on rows."""
-    # Names are compared, and not numbers, as F1 needs the names of BIO tags.
+    # Names are compared, and not numbers, as F1 needs the names of BIO tags. The order of the
+    # rows makes no difference.
     names, gold, said = np.array(names), [], []
     for tokens, labels, languages in batches(rows):
         found = predict(tagger, tokens, languages).argmax(2).numpy(force=True)
@@ -275,13 +278,12 @@ def evaluate(folder, name, examples, device=train.DEVICES[0]):
     task, (learn, test) = TASKS[name], examples
     model, languages = read_run(folder)
     model, s = model.to(device), model.settings
-    known = set(chain(*map(task.labels_of, learn)))
-    unknown = set(chain(*map(task.labels_of, test))) - known
+    known = sorted(set(chain(*map(task.labels_of, learn))))
+    unknown = sorted(set(chain(*map(task.labels_of, test))) - set(known))
     if unknown:
-        text = ", ".join(sorted(unknown))
+        text = ", ".join(unknown)
         print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
-    # What only the test has gets a name, but no logit.
-    names = [*sorted(known), *sorted(unknown)]
+    names = known + unknown  # What only the test has gets a name, but no logit.
     # The index of T_perm goes on from the examples to learn from to those of the test, and so the
     # rows of both are made together: (2 languages, 3, rows, T), the original language first.
     rows = [make_rows(task, learn + test, names, languages, s, language) for language in (0, 1)]
@@ -374,7 +376,7 @@ def draw_scores(name, cells, path):
         scores, kind="bar", errorbar="sd",
         x="objective", y=title, hue="score", col="transform",
     )  # fmt: skip
-    grid.set_titles("{col_name}").set_xlabels("").savefig(path)
+    grid.set_titles("{col_name}").savefig(path)
 
 def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
