@@ -39,6 +39,7 @@ from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
+from tqdm import tqdm
 
 import synth_lang
 import train
@@ -240,8 +241,8 @@ def fine_tune(model, rows, labels, epochs):
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
     # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained. The rate rises
     # in the first tenth of the steps and then falls to zero.
-    tuning = replace(s, optimizer="adamw", rate=s.tune_rate, decay_share=1.0)
-    tuning = replace(tuning, steps=steps, warmup=steps // 10)
+    tuning = replace(s, optimizer="adamw", rate=s.tune_rate,
+                     steps=steps, warmup=steps // 10, decay_share=1.0)  # fmt: skip
     optimizers = train.make_optimizers(tagger, tuning)
     step = 0
     for _ in range(epochs):
@@ -487,7 +488,9 @@ def grid(args):
     if args.scheduler:  # joblib has a backend for Dask, which needs the package `distributed`.
         where = {"backend": "dask", "scheduler_host": args.scheduler}
     with joblib.parallel_config(**where):
-        failures = list(filter(None, joblib.Parallel(verbose=10)(jobs)))
+        # Results come as they are finished, so that the bar moves.
+        done = joblib.Parallel(return_as="generator_unordered")(jobs)
+        failures = list(filter(None, tqdm(done, "cells", len(jobs))))
     # What is finished is reported, even if something failed.
     if len(failures) < len(jobs):
         report(args.out, args.out)
