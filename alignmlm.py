@@ -143,7 +143,6 @@ def pair_translations(original, derived):
     languages and positions, (3, B, T / 2) int64. Positions start again with the counterpart, so
     that corresponding words can have the same."""
     return np.concatenate([original, derived], axis=2)  # (3, B, T)
-    return np.concatenate([original, derived], axis=2)  # (3, B, T)
 
 def ask_translations(batch, dictionary, s, rng):
     """DICT-MLM: for half of the masked words in D the label becomes the translation. The language

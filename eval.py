@@ -51,8 +51,8 @@ TUNE_BATCH = 32  # rows in a step of fine-tuning, as in the paper
 GRID_SETTINGS = "transform", "objective", "seed"  # what every grid varies
 # What an ablation can vary beside them.
 OTHER_SETTINGS = [name for name in Settings.__dataclass_fields__ if name not in GRID_SETTINGS]
-COLUMNS = ["source", "BS", "BZ", "Delta", "BZ rotated"]  # of a report, with the following
-COLUMNS += ["alignment all", "alignment outside", "alignment outside rotated"]
+COLUMNS = ["source", "BS", "BZ", "Delta", "BZ rotated",
+           "alignment all", "alignment outside", "alignment outside rotated"]  # fmt: skip
 
 # The paper's numbers, of English: XNLI, WikiANN, and Universal Dependencies.
 PUBLISHED = """
@@ -75,13 +75,13 @@ PUBLISHED = pd.read_csv(StringIO(PUBLISHED), sep=r"\s+", index_col=["transform",
 
 # --------------------------------------------------------------------------------------- tasks
 class Task:
-    """What is asked of a model. This one asks for each word's part of speech."""
+    """Part-of-speech tagging, and what the other tasks inherit."""
 
     title = "POS accuracy"
     field = "upos"  # of a Sentence, with the labels of its words
     counts = 6_000, 1_000  # examples of the built-in language to learn from, and to test on
     epoch_share = 1.0  # of the setting tune_epochs
-    generate = staticmethod(synth_lang.generate)
+    generate = staticmethod(synth_lang.generate)  # It is called without self.
 
     def read(self, path, language):
         return synth_lang.read_conllu(path)
@@ -89,18 +89,18 @@ class Task:
     def labels_of(self, example):
         return getattr(example, self.field)
 
-    def row(self, example, index, derive, languages):
-        """The token ids, and of the first of them the labels, None where nothing is asked.
+    def row(self, example, index, derive, tokeniser):
+        """The token ids, and the label of each, None where nothing is asked.
 
         derive gives a sentence in the language of the row."""
         sentence = derive(example, index)
         tokens, labels = [BOS], [None]
         for word, label in zip(sentence.words, self.labels_of(sentence), strict=True):
-            ids = languages.encode(word)
+            ids = tokeniser.encode(word)
             tokens += ids
             # As in BERT a word has its label at its first sub-word, and the others are not asked.
             labels += [label] + [None] * (len(ids) - 1)
-        return [*tokens, EOS], labels
+        return [*tokens, EOS], [*labels, None]
 
     def score(self, gold, said):
         """In percent. gold, said: of each row the names of the right labels and of those said."""
@@ -138,17 +138,17 @@ class Nli(Task):
     def labels_of(self, example):
         return [example.label]
 
-    def row(self, example, index, derive, languages):
+    def row(self, example, index, derive, tokeniser):
         tokens = [BOS]
         # Each of the two is derived by itself: under T_inv the premise still comes first.
         for sentence in (example.premise, example.hypothesis):
-            tokens += languages.encode_sentence(derive(sentence, index))
-        return tokens, [example.label]
+            tokens += tokeniser.encode_sentence(derive(sentence, index))
+        return tokens, [example.label] + [None] * (len(tokens) - 1)
 
 TASKS = {"pos": Task(), "ner": Ner(), "nli": Nli()}
 
 def baselines(name, learn, test):
-    """What can be had without a model, in percent."""
+    """Scores without a model, in percent."""
     task = TASKS[name]
     # Always the label that is commonest in the examples to learn from.
     commonest = mode(chain(*map(task.labels_of, learn)))
@@ -171,7 +171,7 @@ def read_examples(tasks, args):
     """The examples of each task: those to learn from, and those to test on.
 
     They are read before anything is trained, so that a bad file is refused at once."""
-    if {len(args.train), len(args.test)} not in ({0}, {len(tasks)}):
+    if len(args.train) != len(args.test) or len(args.train) not in (0, len(tasks)):
         raise ValueError("--train, --test: give one file of each for each task, or none")
     examples = {}
     for number, name in enumerate(tasks):
@@ -182,32 +182,33 @@ def read_examples(tasks, args):
             if None in map(task.labels_of, chain(*parts)):
                 raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
         else:
-            # Seeds 1 and 2: the text of pre-training has 0, and nothing is tested on what was seen.
+            # Seeds 1 and 2; the text of pre-training has 0. A few short sentences occur in both.
             parts = [list(task.generate(n, seed)) for seed, n in enumerate(task.counts, 1)]
         examples[name] = parts
     return examples
 
-def make_rows(task, examples, names, languages, s, language):
+def make_rows(task, examples, names, tokeniser, s, language):
     """Rows in a language, 0 or 1: token ids, labels and the language, (3, rows, T) int64.
 
     names[label] is the name of a label."""
     # The words are derived before they are cut into sub-words, and T_trans acts on the ids below.
-    derive = languages.derive if language else lambda sentence, index: sentence
+    derive = tokeniser.derive if language else lambda sentence, index: sentence
     numbers = {name: number for number, name in enumerate(names)} | {None: SILENT}
     longest = min(s.tune_length, s.positions)
-    rows = np.full((3, len(examples), longest), [[[PAD]], [[SILENT]], [[language]]])
+    tokens = np.full((len(examples), longest), PAD)
+    labels = np.full_like(tokens, SILENT)
     cut = 0
     for index, example in enumerate(examples):
-        tokens, labels = task.row(example, index, derive, languages)
+        ids, asked = task.row(example, index, derive, tokeniser)
         # The words that are cut off are neither learned from nor scored.
-        cut += len(tokens) > longest
-        rows[0, index, : len(tokens)] = tokens[:longest]
-        rows[1, index, : len(labels)] = [numbers[label] for label in labels[:longest]]
+        cut += len(ids) > longest
+        tokens[index, : len(ids)] = ids[:longest]
+        labels[index, : len(ids)] = [numbers[name] for name in asked[:longest]]
     if language:
-        rows[0] = derive_ids(rows[0], s)
+        tokens = derive_ids(tokens, s)
     elif cut:  # A sentence and its counterpart have equally many tokens: this is said once.
         print(f"{cut} of {len(examples)} rows are cut to {longest} tokens", file=sys.stderr)
-    return torch.from_numpy(rows)
+    return torch.from_numpy(np.stack([tokens, labels, np.full_like(tokens, language)]))
 
 # ---------------------------------------------------------------------------------- fine-tuning
 def predict(tagger, tokens, languages):
@@ -235,7 +236,7 @@ def fine_tune(model, rows, labels, epochs):
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
-    # Without frozen embeddings the words of one language would move away from the other's.
+    # Unless they are frozen, the words of the language that is tuned move away from the other's.
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
@@ -268,16 +269,16 @@ def measure(tagger, task, rows, names):
     return task.score(gold, said)
 
 def read_run(folder):
-    """The model and the Languages of a finished run. Raises ValueError or OSError without one."""
+    """The model and the Tokeniser of a finished run. Raises ValueError or OSError without one."""
     # What transformers keeps of a model does not say which experiment it is of.
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     model = from_hf(folder / "model", Settings(**settings))
-    return model, train.Languages(folder, model.settings)
+    return model, train.Tokeniser(folder, model.settings)
 
 def evaluate(folder, name, examples, device=train.DEVICES[0]):
     """Fine-tune and test a run on a task and write folder/NAME.json; returns what it holds."""
     task, (learn, test) = TASKS[name], examples
-    model, languages = read_run(folder)
+    model, tokeniser = read_run(folder)
     model, s = model.to(device), model.settings
     known = sorted(set(chain(*map(task.labels_of, learn))))
     unknown = sorted(set(chain(*map(task.labels_of, test))) - set(known))
@@ -285,17 +286,17 @@ def evaluate(folder, name, examples, device=train.DEVICES[0]):
         text = ", ".join(unknown)
         print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
     names = known + unknown  # What only the test has gets a name, but no logit.
-    # The index of T_perm goes on from the examples to learn from to those of the test, and so the
-    # rows of both are made together: (2 languages, 3, rows, T), the original language first.
-    rows = [make_rows(task, learn + test, names, languages, s, language) for language in (0, 1)]
+    # (2 languages, 3, rows, T), the original one first. T_perm draws its order by a row's number:
+    # made together, no row to learn from shares one with a row of the test.
+    rows = [make_rows(task, learn + test, names, tokeniser, s, language) for language in (0, 1)]
     rows = torch.stack(rows).to(device)
     learn_rows, test_rows = rows.split([len(learn), len(test)], dim=2)
     epochs = math.ceil(task.epoch_share * s.tune_epochs)
     # One tagger serves source, BZ and BZ rotated; the other one is for BS alone.
     zero_shot = fine_tune(model, learn_rows[0], len(known), epochs)
     supervised = fine_tune(model, learn_rows[1], len(known), epochs)
-    # Fine-tuning may have moved embeddings, and so the rotation is fitted on the tagger's. Turned
-    # words have the original language's embedding in it, whatever language a row is in.
+    # Fine-tuning may have moved embeddings, and so the rotation is fitted on the tagger's. It also
+    # gives both languages the original one's language embedding.
     dictionary = make_dictionary(s)
     rotated = rotate(zero_shot, dictionary)
 
@@ -315,7 +316,7 @@ def evaluate(folder, name, examples, device=train.DEVICES[0]):
 
 # -------------------------------------------------------------------------------------- report
 def read_cells(folder):
-    """What all finished runs in a folder have scored, a row a run and task, as reports say it."""
+    """What all finished runs in a folder have scored, a row a run and task."""
     cells = []
     for path in sorted(folder.glob("*/*.json")):
         # A run's settings.json is no score.
@@ -323,7 +324,7 @@ def read_cells(folder):
             cells.append({"run": path.parent.name, **json.loads(path.read_text())})
     if not cells:
         raise ValueError(f"{folder}: no run here has a score: first eval.py pos RUN")
-    # The paper's order of objectives is that of the table.
+    # OBJECTIVES has the paper's order.
     cells.sort(key=lambda cell: (cell["transform"], list(OBJECTIVES).index(cell["objective"])))
     return cells
 
@@ -361,10 +362,10 @@ def markdown(name, cells):
     text = f"{TASKS[name].title}, in percent, mean ± standard deviation over seeds:\n\n{table}\n\n"
     text += f"Always saying the commonest label: {cells['chance'].mean():.1f}.\n"
     if name == "nli":
-        text += f"A bag of words (naive Bayes): {cells['words alone'].mean():.1f}.\n"
-    # As in the paper a row is one point, so that seeds do not count as several.
+        text += f"Naive Bayes, told what the premise lacks: {cells['words alone'].mean():.1f}.\n"
+    # As in the paper a row is one point, so that seeds do not count as several. Four say little.
     means = groups[["alignment all", "Delta"]].mean()
-    if len(means) > 2:
+    if len(means) > 4:
         text += correlation(means["alignment all"], means["Delta"]) + "\n"
     return text + "\n"
 
@@ -409,8 +410,8 @@ def draw_words(folder, runs, path):
     for axis, title, model in zip(axes, titles, models, strict=True):
         # SentencePiece orders ids by frequency. Some of these are single letters. Both languages
         # are put on one plane, so that what parts them can be seen.
-        words = torch.cat([words[:30] for words in words_of_both(model)]).detach()
-        x, y = PCA(2).fit_transform(words).T.reshape(2, 2, 30)  # (2 languages, 30 words) each
+        both = torch.cat([words[:30] for words in words_of_both(model)]).detach()  # (60, D)
+        x, y = PCA(2).fit_transform(both).T.reshape(2, 2, 30)  # (2 languages, 30 words) each
         # A column is a pair, and so this draws a line for each.
         axis.plot(x, y, color="0.8")
         axis.plot(x[0], y[0], "o", label="original")
@@ -423,7 +424,7 @@ def report(folder, out):
     """Print the tables of all finished runs; write them, their figures and results.json to out."""
     cells = read_cells(folder)
     out.mkdir(parents=True, exist_ok=True)
-    # This is before names change, so that others find settings as they were given.
+    # This is written first: below, names are changed for display.
     write_file(out / "results.json", json.dumps(cells, indent=1).encode())
     cells = pd.DataFrame(cells)
     cells["objective"] = [OBJECTIVES[name].label for name in cells["objective"]]
@@ -444,7 +445,8 @@ def report(folder, out):
 
 # ---------------------------------------------------------------------------------------- grid
 def read_variants(vary):
-    """The changes of settings of each variant of an ablation, by what they add to a folder's name.
+    """The variants of an ablation: what each adds to a folder's name, and the settings it changes,
+    as in {"-alpha=10": {"alpha": 10.0}}.
 
     vary: a setting and its values, as texts; without any there is one variant, with no change."""
     if not vary:
@@ -464,7 +466,7 @@ def run_cell(folder, s, examples, args):
             if not (folder / f"{name}.json").exists():
                 evaluate(folder, name, examples[name], args.device)
     except Exception as error:  # The other cells are to go on.
-        return f"{folder}: {error}"
+        return f"{folder}: {error!r}"
 
 def grid(args):
     """Run every cell that is not finished, and report."""
@@ -504,18 +506,18 @@ def main():
     # The options of a task's files, which the tasks and the grid share.
     files = synth_lang.Parser(add_help=False)
     option = files.add_argument
-    option("--train", nargs="+", default=[], help="examples to learn from, a file a task")
-    option("--test", nargs="+", default=[], help="the same to test on (built-in ones)")
+    option("--train", nargs="+", default=[], help="examples to learn from, a file for each task")
+    option("--test", nargs="+", default=[], help="the same to test on (default: built-in ones)")
     option("--language", default="en", help="of a file for nli that has several (%(default)s)")
     for name in TASKS:
-        one = commands.add_parser(name, parents=[files], help="fine-tune and test one run")
-        one.add_argument("folder", type=Path, help="of a run of train.py")
-    several = commands.add_parser("report", help="tables and figures of finished runs")
-    several.add_argument("folder", type=Path, help="that has the runs' folders")
-    several.add_argument("--results", type=Path, help="folder to write to (the same)")
-    every = commands.add_parser("grid", parents=[files], help="train many runs, and report")
+        task = commands.add_parser(name, parents=[files], help="fine-tune and test one run")
+        task.add_argument("folder", type=Path, help="of a run of train.py")
+    runs = commands.add_parser("report", help="tables and figures of finished runs")
+    runs.add_argument("folder", type=Path, help="that has the runs' folders")
+    runs.add_argument("--results", type=Path, help="folder to write to (default: the same)")
+    many = commands.add_parser("grid", parents=[files], help="train many runs, and report")
     # By default it is what `make run` does.
-    option = every.add_argument
+    option = many.add_argument
     shown = {"help": "(%(default)s)", "nargs": "+"}
     option("--out", type=Path, default=Path("runs/tiny"), help="folder for the runs (%(default)s)")
     option("--objectives", choices=OBJECTIVES, default=list(OBJECTIVES), **shown)
@@ -526,7 +528,7 @@ def main():
     option("--jobs", type=int, default=-1, help="cells at a time (as many as there are cores)")
     option("--scheduler", help="address of a Dask cluster whose workers have one thread each")
     # A grid has several of these, and so they have options of their own.
-    train.add_options(every, left_out=GRID_SETTINGS)
+    train.add_options(many, left_out=GRID_SETTINGS)
     args = parser.parse_args()
     if args.command == "grid":
         grid(args)

@@ -6,7 +6,7 @@
 
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
-open. The same command again goes on from the checkpoint, with the same bits on a CPU: all that is
+open. The same command again goes on from the checkpoint, on a CPU bit for bit the same: all that is
 random in a step is a function of the seed and the step (dropout also of the process), so that no
 generator has to be saved.
 
@@ -43,7 +43,7 @@ from alignmlm import Settings, alignment_score, derive_ids, make_dictionary, mas
 from alignmlm import pair_translations, preset, to_hf, write_file, write_tokenizer
 from synth_lang import InputError, transliterate_word
 
-BLOCK = 50  # sentences; the original language has every other block of the text
+BLOCK = 50  # sentences for one language, then as many for the other, as rows span sentences
 # torchrun starts several processes and tells each of them who it is.
 RANK = int(os.environ.get("RANK", 0))  # 0 for the first, which writes the files for all
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -59,20 +59,21 @@ def read_sentences(args):
         yield from synth_lang.read_conllu(path) if is_conllu else synth_lang.read_text(path)
 
 def content_hash(args):
-    """It changes with the text, and not with the places and the times of its files."""
+    """A hash of what the text is made from. Files that were moved or touched have the same one."""
     digest = hashlib.sha256(str(args.sentences).encode())
     # synth_lang.py has the transformations and the built-in language.
-    for path in [synth_lang.__file__, *args.text, args.order or os.devnull]:
+    for path in [synth_lang.__file__, *args.text, args.order or os.devnull]:  # no order is empty
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 def learn_subwords(args, s, folder):
     """Write folder/tokenizer.model, SentencePiece's unigram model of the original language. Raises
-    InputError, which names a --vocab-size that works, if the text has more characters than there
-    are ids. It runs in a process of its own, as SentencePiece would not let Python see a Ctrl-C."""
+    InputError, which names a --vocab-size that works, if the text has too many characters or too
+    few sub-words for this one. It runs in a process of its own, as SentencePiece would not let
+    Python see a Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # This process just ends, without a word.
-    # The first ones are enough. They are read before SentencePiece could hide an error in the text.
+    # The first million are enough. They are read here, where an error in the text can be seen.
     sentences = tqdm(islice(read_sentences(args), 1_000_000), "sentences to learn sub-words from")
     lines = [" ".join(sentence.words) for sentence in sentences]
     try:
@@ -87,12 +88,11 @@ def learn_subwords(args, s, folder):
             minloglevel=2,  # errors only
         )  # fmt: skip
     except RuntimeError as error:
-        # Whether this text needs more ids or fewer, the message ends with how many one language can
-        # have. With T_trans two languages need twice as many.
+        # SentencePiece's message ends with a size that works for one language.
         size = int(re.findall(r"\d+", str(error))[-1]) * s.vocab_size // s.language_size
         raise InputError(f"this text needs --vocab-size {size}") from None
 
-class Languages:
+class Tokeniser:
     """From the words of the original language to ids, and from its sentences to derived ones.
 
     Words are cut into sub-words one at a time, so that a sentence and its counterpart have equally
@@ -101,11 +101,12 @@ class Languages:
     def __init__(self, folder, s):
         self.subwords = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.order = json.loads((folder / "order.json").read_text())
-        self.names = [n for n in synth_lang.parse_transform(s.transform) if n != "transliterate"]
+        # T_trans acts on ids.
+        self.moves = [n for n in synth_lang.parse_transform(s.transform) if n != "transliterate"]
 
     def derive(self, sentence, index):
         """The sentence in the derived order; index is the seed of what is random in it."""
-        return synth_lang.transform(sentence, self.names, index=index, order=self.order)[0]
+        return synth_lang.transform(sentence, self.moves, index=index, order=self.order)[0]
 
     def encode(self, word):
         """The ids of a word in the original language, one or more."""
@@ -118,25 +119,25 @@ class Languages:
             ids += self.encode(word)
         return [*ids, EOS]
 
-@dataclass(eq=False)  # Only so can `pair_starts` keep its answer for one.
+@dataclass(eq=False)  # hashable, as the cache of `pair_starts` needs it
 class Corpus:
-    """The ids of a text, (n,) int64 a side, with EOS after every sentence."""
+    """The ids of a text, each (n,) int64, with EOS after every sentence."""
 
     original: np.ndarray  # one half of the text
     derived: np.ndarray  # the other half, transformed
-    counterpart: np.ndarray  # that other half as it was, sentence for sentence beside `derived`
+    counterpart: np.ndarray  # that half as it was; its sentences stand where those of derived do
 
-def tokenise(args, languages, s):
+def make_corpus(args, tokeniser, s):
     """The Corpus of a text. Raises InputError."""
     # These are ids. Lists of Python's numbers would need five times as much memory.
     original, derived, counterpart = array("q"), array("q"), array("q")
     for index, sentence in enumerate(tqdm(read_sentences(args), "sentences tokenised")):
-        ids = languages.encode_sentence(sentence)
+        ids = tokeniser.encode_sentence(sentence)
         if index // BLOCK % 2 == 0:
             original.extend(ids)
         else:
             counterpart.extend(ids)
-            derived.extend(languages.encode_sentence(languages.derive(sentence, index)))
+            derived.extend(tokeniser.encode_sentence(tokeniser.derive(sentence, index)))
     if min(len(original), len(derived)) <= s.positions:
         raise InputError(f"too little text for rows of {s.positions} ids: give more")
     return Corpus(np.array(original), derive_ids(np.array(derived), s), np.array(counterpart))
@@ -149,13 +150,14 @@ def prepare(args, s, root):
     if RANK == 0 and not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as name:
-            made, order = Path(name), synth_lang.SOV
+            made = Path(name)
+            order = synth_lang.SOV
             if args.order:
                 order = synth_lang.learn_order(synth_lang.read_conllu(args.order))
             (made / "order.json").write_text(json.dumps(order))
             with ProcessPoolExecutor(1) as process:
                 process.submit(learn_subwords, args, s, made).result()
-            np.savez(made / "ids.npz", **vars(tokenise(args, Languages(made, s), s)))
+            np.savez(made / "ids.npz", **vars(make_corpus(args, Tokeniser(made, s), s)))
             made.chmod(0o755)  # TemporaryDirectory makes it for this user alone.
             with suppress(OSError):  # Another run may have made the same meanwhile.
                 made.rename(folder)
@@ -173,16 +175,15 @@ def cut_rows(ids, starts, length, language):
 
 @functools.lru_cache(2)  # There are short rows and long ones.
 def pair_starts(corpus, size):
-    """The places where pairs of texts of `size` ids may begin: starts of sentences whose next
-    `size` ids end with a sentence, or with at most two ids of another one. If there are no such
-    places, it is those with the fewest ids of another one. A sentence that is cut off may lack its
-    counterpart, because under T_inv its first words correspond to its last."""
+    """Where pairs of texts of `size` ids may begin: at the start of a sentence, if at most two ids
+    at the end belong to a sentence that is cut, or as few as there can be. Under T_inv the first
+    words of a sentence correspond to its last, and so a cut sentence lacks its counterpart."""
     ends = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
     starts = ends[ends + size <= len(corpus.derived)]  # A sentence starts where one ends.
-    # The last end that is not beyond the text, and how many ids of the text are after it.
+    # The last end of a sentence within such a text, and how many of its ids come after that.
     last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
-    cut_off = starts + size - last_end
-    return starts[cut_off <= max(2, cut_off.min())]
+    cut = starts + size - last_end
+    return starts[cut <= max(2, cut.min())]
 
 def make_batch(corpus, s, dictionary, step):
     """The Batch of a step: half original and half derived rows; with XLM, half of it is pairs. All
@@ -198,7 +199,7 @@ def make_batch(corpus, s, dictionary, step):
         starts = rng.integers(len(ids) - length + 1, size=count)
         parts.append(cut_rows(ids, starts, length, language))
     if objective.parallel:
-        starts = pair_starts(corpus, length // 2 - 1)
+        starts = pair_starts(corpus, length // 2 - 1)  # without BOS, which cut_rows adds
         # Only the first part of the text is known to be parallel.
         starts = rng.choice(starts[: 1 + int(s.parallel_share * len(starts))], rows // 2)
         original = cut_rows(corpus.counterpart, starts, length // 2, 0)
@@ -260,7 +261,8 @@ def update(model, optimizers, factor):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            peak = group.setdefault("peak", group["lr"])  # At the first step this is the rate.
+            # It is kept at the first step, when lr is still what the optimizer was made with.
+            peak = group.setdefault("peak", group["lr"])
             group["lr"] = factor * peak
         optimizer.step()
         optimizer.zero_grad()
@@ -273,7 +275,7 @@ def schedule(step, s):
 
 # ------------------------------------------------------------------------------------- the loop
 def all_state(model, optimizers):
-    """The tensors, not copies, that training changes, each under a name of its own."""
+    """All tensors that training changes, not copies of them, by unique names."""
     tensors = model.state_dict()
     for optimizer in optimizers:
         for name, parameter in model.named_parameters():
@@ -307,31 +309,33 @@ def pretrain(corpus, s, folder, args):
         lines = log.read_text().splitlines(keepends=True)
         lines = [line for line in lines if json.loads(line)["step"] <= start]
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    pairs = make_dictionary(s)
-    dictionary = torch.tensor(pairs, device=args.device)
+    dictionary = make_dictionary(s)
+    pairs = torch.tensor(dictionary, device=args.device)
 
+    # eval.py's grid has a bar of its own, and sets this for the runs that it starts.
     quiet = RANK > 0 or "TQDM_DISABLE" in os.environ
     bar = tqdm(range(start, s.steps), "steps", disable=quiet)
     for step in bar:
-        batch = make_batch(corpus, s, pairs, step)
+        batch = make_batch(corpus, s, dictionary, step)
         # Each process takes every WORLD-th row. If all get equally many, the mean of the gradients
         # is that of all rows, as each has the same number of masks.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
-        torch.manual_seed(hash((s.seed, step, RANK)))  # for dropout, wherever a run was stopped
+        # For dropout, wherever a run was stopped. Python's hash of numbers is always the same.
+        torch.manual_seed(hash((s.seed, step, RANK)))
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
-            loss, mlm = network(share.to(args.device), dictionary)
+            loss, mlm = network(share.to(args.device), pairs)
         loss.backward()
         update(model, optimizers, schedule(step, s))
 
         done = step + 1
-        # Only now and then, as this makes a GPU wait for the CPU.
-        if done % args.save_every and done < s.steps:
+        if done % args.save_every > 0 and done < s.steps:
             continue
+        # What follows makes a GPU wait for the CPU, and so it is done only now and then.
         if not loss.isfinite():
             raise ValueError(f"{folder}: no finite loss at step {done}; lower the rates")
         if RANK == 0:  # The first process writes for all.
             line = {"step": done, "loss": loss.item(), "mlm": mlm.item()}
-            line |= alignment_score(model, pairs)
+            line |= alignment_score(model, dictionary)
             bar.set_postfix(line)
             lines.append(json.dumps(line) + "\n")
             write_file(log, "".join(lines).encode())
@@ -341,12 +345,21 @@ def pretrain(corpus, s, folder, args):
     return model
 
 def is_finished(folder):
-    """Whether a run is there, whole: this file is written last."""
+    """Whether a run is complete: this file is written last."""
     return (folder / "model" / "tokenizer_config.json").exists()
+
+def subword_table(subwords, s):
+    """The spelling and the score of each id, V pairs, and the mark before a word in each language.
+    Derived sub-words have the scores of the original ones, and are spelled in transliteration."""
+    mark = "\u2581"  # SentencePiece's
+    table = [(subwords.id_to_piece(id), subwords.get_score(id)) for id in range(len(subwords))]
+    if s.shift:
+        table += [(transliterate_word(spelling), score) for spelling, score in table]
+    return table, (mark, transliterate_word(mark))
 
 def run(folder, s, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
-    path, model = folder / "settings.json", folder / "model"
+    path = folder / "settings.json"
     finished = is_finished(folder)
     source = {"text": args.text, "order": args.order, "sentences": args.sentences}
     # A finished run is known by the names of its files, which may be gone; an unfinished one by
@@ -366,18 +379,9 @@ def run(folder, s, args):
         # With these the run can do without the data, and be moved.
         for name in ("tokenizer.model", "order.json"):
             write_file(folder / name, (data / name).read_bytes())
-        to_hf(trained, model)
-        write_tokenizer(*subword_table(Languages(data, s).subwords, s), model)
+        to_hf(trained, folder / "model")
+        write_tokenizer(*subword_table(Tokeniser(data, s).subwords, s), folder / "model")
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-
-def subword_table(subwords, s):
-    """The spelling and the score of each id, V pairs, and the mark before a word in each language.
-    Derived sub-words have the scores of the original ones, and are spelled in transliteration."""
-    mark = "\u2581"  # SentencePiece's
-    table = [(subwords.id_to_piece(id), subwords.get_score(id)) for id in range(len(subwords))]
-    if s.shift:
-        table += [(transliterate_word(spelling), score) for spelling, score in table]
-    return table, (mark, transliterate_word(mark))
 
 # ---------------------------------------------------------------------------- the command line
 def add_options(parser, left_out=()):
@@ -386,14 +390,16 @@ def add_options(parser, left_out=()):
     add = parser.add_argument
     # A file given in one folder is found from another.
     add("--corpus", "--treebank", dest="text", nargs="+", action="extend", default=[],
-        type=os.path.abspath, metavar="FILE", help="plain text or CoNLL-U (built-in language)")
-    add("--order", type=os.path.abspath, help="CoNLL-U whose order `syntax` borrows (verb last)")
+        type=os.path.abspath, metavar="FILE",
+        help="plain text or CoNLL-U, which the content decides (default: the built-in language)")
+    add("--order", type=os.path.abspath,
+        help="CoNLL-U whose word order `syntax` borrows (default: verbs last)")
     add("--sentences", type=int, default=60_000, help="of the built-in language (%(default)s)")
-    add("--preset", choices=PRESETS, default="tiny", help="settings not named here (%(default)s)")
+    add("--preset", choices=PRESETS, default="tiny", help="for settings not given (%(default)s)")
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to train (%(default)s)")
     add("--save-every", type=int, default=100,
         help="steps between checkpoints and between lines of the log (%(default)s)")
-    # The comments beside the settings in alignmlm.py say what they mean.
+    # A line of Settings is "name: type = value  # meaning".
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
         values = ", ".join(f"{key} {getattr(s, name)}" for key, s in PRESETS.items())
         if name not in left_out:
@@ -401,7 +407,7 @@ def add_options(parser, left_out=()):
             add(option, type=reader_of(name), help=f"{meaning} ({values})")
 
 def reader_of(setting):
-    """What makes a setting's value of a text: int, float, str, or for "true" and "false" JSON."""
+    """The function that makes a setting's value of an option's text. JSON knows true and false."""
     kind = type(getattr(Settings, setting))
     return json.loads if kind is bool else kind
 

@@ -36,7 +36,7 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ("alignmlm.py", "(0, 0, HF_UNUSED_POSITIONS, 0)", "(0, 0, 0, HF_UNUSED_POSITIONS)"),
     ("alignmlm.py", "ids < SPECIALS, ids", "ids < UNK, ids"),
     ("train.py", "if index // BLOCK % 2 == 0:", "if index // BLOCK % 3 == 0:"),
-    ("train.py", "cut_off <= max(2, cut_off.min())", "cut_off <= 9"),
+    ("train.py", "cut <= max(2, cut.min())", "cut <= 9"),
     ("train.py", "np.random.default_rng([s.seed, step])", "np.random.default_rng([step])"),
     ("train.py", "2.0315 * gram @ gram", "2.5 * gram @ gram"),
     ('train.py', '{"params": vectors, "weight_decay": 0.0}', '{"params": vectors, **decay}'),

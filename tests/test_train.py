@@ -82,7 +82,7 @@ def test_the_hash_is_of_the_content_and_not_of_the_place(tmp_path):
 def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(transform, root):
     s = small(transform=transform)
     folder = train.prepare(ARGS, s, root)
-    corpus, languages = np.load(folder / "ids.npz"), train.Languages(folder, s)
+    corpus, languages = np.load(folder / "ids.npz"), train.Tokeniser(folder, s)
     shift = 200 if "transliterate" in transform else 0
     spelled = [languages.subwords.id_to_piece(id) for id in range(400 - shift)]
     assert s.shift == shift and spelled[:5] == ["<s>", "<pad>", "</s>", "<mask>", "<unk>"]
@@ -105,14 +105,14 @@ def test_the_languages_come_from_different_halves_and_counterparts_stay_in_step(
     assert all(min(languages.encode(word)) >= UNK for word in odd)
 
 def test_a_run_that_was_overtaken_takes_what_the_other_has_made(tmp_path, monkeypatch):
-    tokenise = train.tokenise
+    tokenise = train.make_corpus
 
     def overtaken(*args):
         monkeypatch.undo()
         train.prepare(ARGS, small(), tmp_path)
         return tokenise(*args)
 
-    monkeypatch.setattr(train, "tokenise", overtaken)
+    monkeypatch.setattr(train, "make_corpus", overtaken)
     folder = train.prepare(ARGS, small(), tmp_path)
     assert [*tmp_path.iterdir()] == [folder] and (folder / "ids.npz").exists()
 
@@ -122,7 +122,7 @@ def test_of_a_long_line_nothing_is_lost(tmp_path):
     lines.append(" ".join("".join(rng.choices("домжукя", k=3)) for _ in range(25_000)))
     text.write_text("\n".join(lines))
     folder = train.prepare(with_text([str(text)]), small(), tmp_path)
-    subwords, corpus = train.Languages(folder, small()).subwords, np.load(folder / "ids.npz")
+    subwords, corpus = train.Tokeniser(folder, small()).subwords, np.load(folder / "ids.npz")
     text = subwords.decode(corpus["original"].tolist())
     assert len(re.findall("[домжукя]{3}", text)) == 25_000
 
@@ -432,7 +432,7 @@ def trained(request, root):
 
 def both_languages(folder, s, count, seed):
     """The words of sentences and their ids in our own way, each first original, then derived."""
-    languages = train.Languages(folder, s)
+    languages = train.Tokeniser(folder, s)
     for sentence in synth_lang.generate(count, seed=seed):
         yield sentence.words, languages.encode_sentence(sentence)
         derived = languages.derive(sentence, 0)
