@@ -21,13 +21,11 @@ from alignmlm import BOS, EOS, MASK, OBJECTIVES, PAD, PRESETS, SPECIALS, Batch, 
 
 SEEDS = st.integers(0, 2**32 - 1)
 torch.set_num_threads(1)  # The tensors are tiny.
+SIZES = {"vocab_size": 120, "layers": 2, "width": 32, "heads": 2, "feed_forward": 48,
+         "positions": 16, "batch": 8}
 
 def tiny(**changes) -> Settings:
-    given = {
-        "objective": "mlm", "vocab_size": 120, "layers": 2, "width": 32, "heads": 2,
-        "feed_forward": 48, "positions": 16, "batch": 8,
-    }  # fmt: skip
-    return Settings(**given | changes)
+    return Settings(**SIZES | {"objective": "mlm"} | changes)
 
 def randomize(model):
     """Move all weights away from their first values, so that one forgotten or swapped shows."""

@@ -4,7 +4,6 @@ import argparse
 import copy
 import json
 import re
-import sys
 from dataclasses import asdict
 from itertools import product
 
@@ -35,27 +34,11 @@ torch.set_num_threads(1)
 def small(**changes):
     return Settings(**SIZES | {"objective": "mlm", "tune_rate": 0.01} | changes)
 
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """Runs the command line in this process; returns what it prints. It may end with status 2."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-        try:
-            synth_lang.guarded(evaluation.main)
-        except SystemExit as left:
-            assert left.code == 2
-        return capfd.readouterr()
-
-    return call
-
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """A folder of runs; "one" is a finished run, barely trained."""
     root = tmp_path_factory.mktemp("runs")
-    text = {"text": [], "order": None, "sentences": 1500}
-    args = argparse.Namespace(**text, device="cpu", save_every=500)
+    args = argparse.Namespace(text=[], order=None, sentences=1500, device="cpu", save_every=500)
     train.run(root / "one", small(), args)
     return root
 
@@ -64,8 +47,7 @@ def files(tmp_path_factory):
     """The options that name a treebank to learn from and one to test on."""
     folder = tmp_path_factory.mktemp("files")
     for seed in "01":
-        generate = ["generate", "--sentences=40", "--seed", seed, "--out", str(folder / seed)]
-        synth_lang.main(generate)
+        synth_lang.main(["generate", "--sentences=40", "--seed", seed, "--out", str(folder / seed)])
     return ["--train", folder / "0/original.conllu", "--test", folder / "1/original.conllu"]
 
 # --------------------------------------------------------------------------------------- tasks
@@ -232,7 +214,7 @@ def test_chance_is_the_commonest_label_to_learn_from_in_one_language(root, tmp_p
         files.append(tmp_path / f"{label}.tsv")
         files[-1].write_text("\n".join(rows))
     options = ["--train", files[0], "--test", files[1], "--language=de"]
-    cell = json.loads(command("nli", root / "one", *options).out)
+    cell = json.loads(command(evaluation, "nli", root / "one", *options).out)
     assert cell["chance"] == cell["words alone"] == 25
 
 # --------------------------------------------------------------------------------- correlation
@@ -282,7 +264,7 @@ def test_the_report_says_what_its_cells_say(root, tmp_path, command):
             (folder / f"{task}.json").write_text(json.dumps(cell))
             cells.append({"run": folder.name, **cell})
 
-    printed = command("report", tmp_path, "--results", tmp_path / "out").out
+    printed = command(evaluation, "report", tmp_path, "--results", tmp_path / "out").out
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.strip() in printed
     assert "commonest label: 33.3" in text and text.count("44.4") == 1
@@ -309,71 +291,70 @@ def test_the_report_says_what_its_cells_say(root, tmp_path, command):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == cells
 
 # ---------------------------------------------------------------------------------------- grid
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
+@pytest.fixture
+def grid(tmp_path, command):
+    """Runs a grid of one seed, by default in one job; returns what `command` does, and cells."""
 
-def test_a_grid_with_two_jobs_is_resumed(tmp_path, files, command):
-    options = ["grid", "--out", tmp_path, *files, *OPTIONS, "--steps=100", "--seeds=1"]
-    options += ["--objectives", "mlm", "align"]
-    command(*options, "--jobs=2")
-    before = results(tmp_path)
+    def call(*arguments):
+        options = ["--out", tmp_path, *OPTIONS, "--seeds=1", "--jobs=1", *arguments]
+        ended = command(evaluation, "grid", *options)
+        return ended, json.loads((tmp_path / "results.json").read_text())
+
+    return call
+
+def test_a_grid_with_two_jobs_is_resumed(tmp_path, files, grid):
+    options = [*files, "--steps=100", "--objectives", "mlm", "align"]
+    _, before = grid(*options, "--jobs=2")
     assert [cell["objective"] for cell in before] == ["mlm", "align"]
     kept = tmp_path / "transliterate+invert-align-0" / "pos.json"
     time = kept.stat().st_mtime_ns
     (tmp_path / "transliterate+invert-mlm-0" / "pos.json").unlink()
     (tmp_path / "results.json").unlink()
-    command(*options, "--jobs=1")
+    _, after = grid(*options, "--jobs=1")
     assert kept.stat().st_mtime_ns == time
     # One thread or several may add floats in another order, but not with one thread a job.
-    assert results(tmp_path) == before
+    assert after == before
 
-def test_a_failed_cell_does_not_stop_the_others(tmp_path, files, command):
+def test_a_failed_cell_does_not_stop_the_others(tmp_path, files, grid):
     bad = tmp_path / "transliterate+invert-mlm-0"
     bad.mkdir()
     (bad / "settings.json").write_text(json.dumps({"settings": {"other": 1}}))
-    options = ["grid", "--out", tmp_path, *files, *OPTIONS, "--seeds=1", "--jobs=1"]
-    options += ["--objectives", "mlm", "align", "--dictionary-share=1"]
-    out, error = command(*options)
-    assert "1 of 2 cells failed" in error and bad.name in error
-    (cell,) = results(tmp_path)
-    (row,) = table_rows(out, "POS accuracy")
+    ended, (cell,) = grid(*files, "--objectives", "mlm", "align", "--dictionary-share=1")
+    assert "1 of 2 cells failed" in ended.messages[-1] and bad.name in ended.messages[-1]
+    (row,) = table_rows(ended.out, "POS accuracy")
     assert row["objective"] == "ALIGN-MLM" and row["seeds"] == "1"
     assert row["BZ"] == f"{cell['BZ']:.1f}"
     # The dictionary has all words, and so there are none outside of it.
     assert "alignment all" in row and "alignment outside" not in row
 
-def test_an_ablation_trains_and_shows_each_value(tmp_path, files, command):
-    options = ["grid", "--out", tmp_path, *files, *OPTIONS, "--seeds=1", "--jobs=1"]
-    options += ["--objectives", "align", "--vary", "dictionary_share", "0.25", "1.0"]
-    rows = table_rows(command(*options).out, "POS accuracy")
-    for cell, row, share in zip(results(tmp_path), rows, (0.25, 1.0), strict=True):
+def test_an_ablation_trains_and_shows_each_value(files, grid):
+    ended, cells = grid(*files, "--objectives=align", "--vary", "dictionary_share", "0.25", "1.0")
+    rows = table_rows(ended.out, "POS accuracy")
+    for cell, row, share in zip(cells, rows, (0.25, 1.0), strict=True):
         assert cell["run"] == f"transliterate+invert-align-0-dictionary_share={share}"
         assert cell["dictionary_share"] == share and cell["transform"] == "transliterate+invert"
         assert row["transform"] == f"transliterate+invert, dictionary_share {share}"
         assert ("alignment outside" in cell) == (share < 1) == (row["alignment outside"] != "-")
 
-def test_a_dask_cluster_runs_the_cells(tmp_path, files, command):
+def test_a_dask_cluster_runs_the_cells(files, grid):
     LocalCluster = pytest.importorskip("distributed").LocalCluster
-    options = ["grid", "--out", tmp_path, *files, *OPTIONS, "--seeds=1"]
-    options += ["--objectives", "mlm", "xlm"]
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        command(*options, "--scheduler", cluster.scheduler_address)
-    assert [cell["objective"] for cell in results(tmp_path)] == ["mlm", "xlm"]
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as dask:
+        _, cells = grid(*files, "--objectives", "mlm", "xlm", "--scheduler", dask.scheduler_address)
+    assert [cell["objective"] for cell in cells] == ["mlm", "xlm"]
 
-def test_a_fifth_objective_and_a_fifth_transformation(tmp_path, command, monkeypatch):
+def test_a_fifth_objective_and_a_fifth_transformation(grid, monkeypatch):
     shrink = Objective("SHRINK-MLM", added_loss=lambda model, _: model.head_bias.square().mean())
     mirror = synth_lang.Transformation(lambda sentence, **_: range(len(sentence.words))[::-1])
     monkeypatch.setitem(OBJECTIVES, "shrink", shrink)
     monkeypatch.setitem(synth_lang.TRANSFORMS, "mirror", mirror)
     for task in TASKS.values():
         monkeypatch.setattr(task, "counts", (40, 12))
-    options = ["grid", "--out", tmp_path, *OPTIONS, "--jobs=1", "--seeds=1", "--tasks", *TASKS]
-    options += ["--objectives", "mlm", "shrink", "--transforms", "transliterate+mirror"]
-    text = command(*options).out
-    found = {(cell["task"], cell["objective"]) for cell in results(tmp_path)}
+    options = ["--tasks", *TASKS, "--objectives", "mlm", "shrink"]
+    ended, cells = grid(*options, "--transforms", "transliterate+mirror")
+    found = {(cell["task"], cell["objective"]) for cell in cells}
     assert found == set(product(TASKS, ["mlm", "shrink"]))
     for title in ("POS accuracy", "NER F1", "NLI accuracy"):
-        rows = table_rows(text, title)
+        rows = table_rows(ended.out, title)
         assert [row["objective"] for row in rows] == ["MLM", "SHRINK-MLM"]
         assert {row["transform"] for row in rows} == {"transliterate+mirror"}
 
@@ -391,15 +372,16 @@ def test_a_fifth_objective_and_a_fifth_transformation(tmp_path, command, monkeyp
     ("--train none.conllu --test none.conllu", "none.conllu"),
 ])
 def test_a_bad_grid_is_refused_before_training(tmp_path, command, arguments, named):
-    error = command("grid", "--out", tmp_path / "grid", *OPTIONS, *arguments.split()).err
-    assert error.startswith("eval.py: ") and error.count("\n") == 1 and named in error
-    assert not list(tmp_path.glob("grid/*-0*"))
+    options = ["--out", tmp_path / "grid", *OPTIONS, *arguments.split()]
+    (line,) = command(evaluation, "grid", *options).messages
+    assert line.startswith("eval.py: ") and named in line
+    assert not any(tmp_path.iterdir())
 
 def test_bad_folders_and_files_are_refused(root, tmp_path, command):
-    assert "no run here has a score" in command("report", tmp_path).err
-    assert "settings.json" in command("pos", tmp_path).err
+    assert "no run here has a score" in command(evaluation, "report", tmp_path).messages[0]
+    assert "settings.json" in command(evaluation, "pos", tmp_path).messages[0]
     bare = tmp_path / "bare.conllu"
     bare.write_text("1\tdog\t_\t_\t_\t_\t0\troot\t_\t_\n\n")
-    error = command("pos", root / "one", "--train", bare, "--test", bare).err
-    assert "bare.conllu" in error and "labels" in error
+    (line,) = command(evaluation, "pos", root / "one", "--train", bare, "--test", bare).messages
+    assert "bare.conllu" in line and "labels" in line
 

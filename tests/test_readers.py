@@ -8,7 +8,6 @@ it, and those that cannot be right with the place and the mend that the refusal 
 import json
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import conllu
 import pandas
@@ -21,9 +20,6 @@ from seqeval.metrics.sequence_labeling import get_entities
 import synth_lang as sl
 from synth_lang import InputError, Sentence
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="no real data is on this machine")
-
 @pytest.fixture(scope="module")
 def write(tmp_path_factory):
     path = tmp_path_factory.mktemp("readers") / "file"
@@ -35,44 +31,38 @@ def write(tmp_path_factory):
     return write
 
 # ----------------------------------------------------------------------------- entities (NER)
-@pytest.mark.parametrize(
-    ("text", "words", "tags"),
-    [
-        # An index column is a matter of the file, not of a row.
-        ("Team\tO\tO\nVersion\tB-PRO\tO\n3\tI-PRO\tO\n\n1\tO\tO\nof\tO\tO\n3\tO\tO\n",
-         "Team Version 3 1 of 3", "O B-PRO I-PRO O O O"),
-        ("1 Ana NNP I-NP B-PER\n2 in IN I-PP O\n\n1 Ben NNP I-NP B-PER\n", "Ana in Ben",
-         "B-PER O B-PER"),
-        ("# text = O O\n1\t#1\tB-PER\t-\tx\n2\tfan\tI-PER\t-\t-\n", "#1 fan", "B-PER I-PER"),
-        # The word "#", and comments that look like nothing in particular.
-        ("Song O\n# O\n7 O\n\n# O\nOslo B-LOC\n", "Song # 7 # Oslo", "O O O O B-LOC"),
-        ("#\tO\nOslo\tB-LOC\n", "# Oslo", "O B-LOC"),
-        ("x NN B-NP O\n# NN = O\ny NN B-NP O\n", "x # y", "O O O"),
-        ("# newdoc id =set.xx.1\n# sent_id = a\n1\tAna\tB-PER\t-\t-\n", "Ana", "B-PER"),
-        ("# checked by two annotators in May\n1\tAna\tB-PER\t-\t-\n", "Ana", "B-PER"),
-        ("# plan O\nAna B-PER\n", "Ana", "B-PER"),
-        ("# id 12-ab\tdomain=en\nana _ _ B-PER\nsings _ _ O\n", "ana sings", "B-PER O"),
-        # The tag `-` is O.
-        ("1\tEU-law\t-\tB-DRV\t-\n2\tin\tO\tO\t-\n3\tOslo\tB-LOC\t-\t-\n", "EU-law in Oslo",
-         "O O B-LOC"),
-        # A byte order mark, separators at the end, line ends.
-        ("\ufeffAna B-PER\nsings O\n", "Ana sings", "B-PER O"),
-        ("\ufeff# sent_id = a\n1\tAna\tB-PER\t-\t-\n", "Ana", "B-PER"),
-        ("\ufeff-DOCSTART- -X- -X- O\n\nAna NNP B-NP B-PER\n", "Ana", "B-PER"),
-        ("Ana B-PER \nsings O\t\n", "Ana sings", "B-PER O"),
-        ("Ana\tB-PER\t\nsings\tO\t\n", "Ana sings", "B-PER O"),
-        ("Ana B-PER\r\nsings O\r\n\r\nBen B-PER\r\nswam O", "Ana sings Ben swam", "B-PER O " * 2),
-        # As they are: IOB1, documents, columns, nested tags, hyphens in types, prefixes.
-        ("Ana I-PER\nLopez I-PER\nBen B-PER\nin O\nOslo I-LOC\nOrg I-ORG\n",
-         "Ana Lopez Ben in Oslo Org", "B-PER I-PER B-PER O B-LOC B-ORG"),
-        ("-DOCSTART- O\n\nAna B-PER\n\n-DOCSTART-\tO\n\nBen B-PER\n-DOCSTART- -X- O\nCleo B-PER\n",
-         "Ana Ben Cleo", "B-PER B-PER B-PER"),
-        ("Ana NNP B-NP B-PER\nsings VBZ B-VP O\n", "Ana sings", "B-PER O"),
-        ("Oslo B-ORG|B-LOC\nBank I-ORG|O\n", "Oslo Bank", "B-ORG|B-LOC B-ORG|O"),
-        ("Oslo B-ORG-PART\nBank I-ORG-PART\n", "Oslo Bank", "B-ORG-PART I-ORG-PART"),
-        ("en:Ana\tB-PER\nen:sings\tO\n", "en:Ana en:sings", "B-PER O"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("text, words, tags", [
+    # An index column is a matter of the file, not of a row.
+    ("Team\tO\tO\nVersion\tB-PRO\tO\n3\tI-PRO\tO\n\n1\tO\tO\nof\tO\tO\n3\tO\tO\n",
+     "Team Version 3 1 of 3", "O B-PRO I-PRO O O O"),
+    ("1 Ana NNP I-NP B-PER\n2 in IN I-PP O\n\n1 Ben NNP I-NP B-PER\n", "Ana in Ben",
+     "B-PER O B-PER"),
+    ("# text = O O\n1\t#1\tB-PER\t-\tx\n2\tfan\tI-PER\t-\t-\n", "#1 fan", "B-PER I-PER"),
+    # The word "#", and comments that look like nothing in particular.
+    ("Song O\n# O\n7 O\n\n# O\nOslo B-LOC\n", "Song # 7 # Oslo", "O O O O B-LOC"),
+    ("#\tO\nOslo\tB-LOC\n", "# Oslo", "O B-LOC"),
+    ("x NN B-NP O\n# NN = O\ny NN B-NP O\n", "x # y", "O O O"),
+    ("# checked by two annotators in May\n1\tAna\tB-PER\t-\t-\n", "Ana", "B-PER"),
+    ("# plan O\nAna B-PER\n", "Ana", "B-PER"),
+    ("# id 12-ab\tdomain=en\nana _ _ B-PER\nsings _ _ O\n", "ana sings", "B-PER O"),
+    # The tag `-` is O.
+    ("1\tEU-law\t-\tB-DRV\t-\n2\tin\tO\tO\t-\n3\tOslo\tB-LOC\t-\t-\n", "EU-law in Oslo",
+     "O O B-LOC"),
+    # A byte order mark, separators at the end, line ends.
+    ("\ufeff# newdoc id =set.xx.1\n# sent_id = a\n1\tAna\tB-PER\t-\t-\n", "Ana", "B-PER"),
+    ("\ufeff-DOCSTART- -X- -X- O\n\nAna NNP B-NP B-PER\n", "Ana", "B-PER"),
+    ("\ufeffAna B-PER \nsings O\t\n", "Ana sings", "B-PER O"),
+    ("Ana\tB-PER\t\nsings\tO\t\n", "Ana sings", "B-PER O"),
+    ("Ana B-PER\r\nsings O\r\n\r\nBen B-PER\r\nswam O", "Ana sings Ben swam", "B-PER O " * 2),
+    # As they are: IOB1, documents, nested tags, hyphens in types, prefixes.
+    ("Ana I-PER\nLopez I-PER\nBen B-PER\nin O\nOslo I-LOC\nOrg I-ORG\n",
+     "Ana Lopez Ben in Oslo Org", "B-PER I-PER B-PER O B-LOC B-ORG"),
+    ("-DOCSTART- O\n\nAna B-PER\n\n-DOCSTART-\tO\n\nBen B-PER\n-DOCSTART- -X- O\nCleo B-PER\n",
+     "Ana Ben Cleo", "B-PER B-PER B-PER"),
+    ("Oslo B-ORG|B-LOC\nBank I-ORG|O\n", "Oslo Bank", "B-ORG|B-LOC B-ORG|O"),
+    ("Oslo B-ORG-PART\nBank I-ORG-PART\n", "Oslo Bank", "B-ORG-PART I-ORG-PART"),
+    ("en:Ana\tB-PER\nen:sings\tO\n", "en:Ana en:sings", "B-PER O"),
+])  # fmt: skip
 def test_entities_that_are_read(write, text, words, tags):
     sentences = list(sl.read_bio(write(text)))
     assert [word for s in sentences for word in s.words] == words.split()
@@ -92,22 +82,19 @@ BIRDS = (
 BIRD = Sentence(["Birds", "sing", "."], ["NOUN", "VERB", "PUNCT"], [2, 0, 2],
                 ["nsubj", "root", "punct"])  # fmt: skip
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        BIRDS,
-        "\ufeff" + BIRDS,
-        BIRDS.replace("\n", "\r\n"),
-        BIRDS.rstrip("\n"),
-        "\n\n" + BIRDS[:-1] + "  \n \t\n",
-        "# newdoc id = d1\n\n" + BIRDS + "# newdoc id = d2\n\n# the end\n",
-        BIRDS.replace("\n2\t", "\n# a note in the middle\n2\t")[:-1] + "# a note at the end\n",
-        BIRDS.replace("1\tB", "0.1\tE\tE\tVERB\t_\t_\t_\t_\t0:root\t_\n1\tB"),
-        BIRDS[:-1] + "3.1\tsoon\t_\tADV\t_\t_\t_\t_\t0.1:advmod\t_\n",
-        BIRDS.replace("2\ts", "2-3\tsing.\t_\t_\t_\t_\t_\t_\t_\t_\n2\ts"),
-        BIRDS.replace("nsubj\t_\t_", "nsubj\t_\tEntity=(e1-person"),
-    ],
-)
+@pytest.mark.parametrize("text", [
+    BIRDS,
+    "\ufeff" + BIRDS,
+    BIRDS.replace("\n", "\r\n"),
+    BIRDS.rstrip("\n"),
+    "\n\n" + BIRDS[:-1] + "  \n \t\n",
+    "# newdoc id = d1\n\n" + BIRDS + "# newdoc id = d2\n\n# the end\n",
+    BIRDS.replace("\n2\t", "\n# a note in the middle\n2\t")[:-1] + "# a note at the end\n",
+    BIRDS.replace("1\tB", "0.1\tE\tE\tVERB\t_\t_\t_\t_\t0:root\t_\n1\tB"),
+    BIRDS[:-1] + "3.1\tsoon\t_\tADV\t_\t_\t_\t_\t0.1:advmod\t_\n",
+    BIRDS.replace("2\ts", "2-3\tsing.\t_\t_\t_\t_\t_\t_\t_\t_\n2\ts"),
+    BIRDS.replace("nsubj\t_\t_", "nsubj\t_\tEntity=(e1-person"),
+])
 def test_treebanks_that_are_read(write, text):
     path = write(text)
     assert list(sl.read_conllu(path)) == [BIRD]
@@ -120,48 +107,41 @@ def test_forms_may_be_anything(write):
     (sentence,) = sl.read_conllu(write("".join(rows)))
     assert sentence.words == forms
 
-@pytest.mark.parametrize(
-    ("pattern", "blank", "labels"),
-    [
-        (r"\d\t(nsubj|root|punct)", "_\t_", {"heads": None, "deprels": None}),
-        ("NOUN|VERB|PUNCT", "_", {"upos": None}),
-        (r"nsubj\t_\t_", "nsubj\t_\tGloss=x|Entity=B-PER|y", {"entities": ["B-PER", "O", "O"]}),
-    ],
-)
+@pytest.mark.parametrize("pattern, blank, labels", [
+    (r"\d\t(nsubj|root|punct)", "_\t_", {"heads": None, "deprels": None}),
+    ("NOUN|VERB|PUNCT", "_", {"upos": None}),
+    (r"nsubj\t_\t_", "nsubj\t_\tGloss=x|Entity=B-PER|y", {"entities": ["B-PER", "O", "O"]}),
+])
 def test_labels_that_a_treebank_lacks_or_adds(write, pattern, blank, labels):
     (sentence,) = sl.read_conllu(write(regex.sub(pattern, blank, BIRDS)))
     assert sentence == replace(BIRD, **labels)
 
-@pytest.mark.parametrize(
-    "text", ["", "# Title\n\nA text.\n", "1 of 3 is out.\n", "1\tO\tO\nof\tO\tO\n", "12\n"]
-)
+@pytest.mark.parametrize("text", [
+    "", "# Title\n\nA text.\n", "1 of 3 is out.\n", "1\tO\tO\nof\tO\tO\n", "12\n"])
 def test_what_is_no_treebank(write, text):
     assert not sl.looks_like_conllu(write(text))
 
 # ------------------------------------------------------------------------------------------ text
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("मैं घर जाता हूँ। दूसरा वाक्य।\n", ["मैं घर जाता हूँ ।", "दूसरा वाक्य ।"]),
-        ("நான் வீட்டுக்கு போகிறேன்.\n", ["நான் வீட்டுக்கு போகிறேன் ."]),
-        ("می\u200cروم. ภาษาไทย ดี\n", ["می\u200cروم .", "ภาษาไทย ดี"]),
-        ("湖很深。安娜去游泳！\n好，吧？\n", ["湖 很 深 。", "安 娜 去 游 泳 ！", "好 ， 吧 ？"]),
-        ("a▁b ▁ c. ▅ d ▁▁.", ["a ▁ b ▁ c .", "▅ d ▁ ▁ ."]),
-        ("a\0b c\x01d \x7f.\n\x1b[0m e.\n", ["a \0 b c \x01 d \x7f .", "\x1b [ 0m e ."]),
-        ("😀 😂 ❤️\n😀👩\u200d👧\n", ["😀 😂 ❤️", "😀 👩\u200d👧"]),
-        ("The lake.\n  Anna swam. And\n  left.\n", ["The lake .", "Anna swam .", "And", "left ."]),
-        ("The lake. Anna\r\nswam.\r\n", ["The lake .", "Anna", "swam ."]),
-        ("The lake. Anna swam.\rBen slept.\r", ["The lake .", "Anna swam .", "Ben slept ."]),
-        ("E\xa0f.\u3000G h.\x0bI\x0cj.", ["E f .", "G h .", "I j ."]),
-        ("⠎⠑ a ⠮⠑\n⠨⠿.\n", ["⠎⠑ a ⠮⠑", "⠨⠿ ."]),
-        ("\ufeffA. \ufeffB.", ["A .", "\ufeff B ."]),
-        ('Mr. Lee\'s 3.5 dogs, well-fed, ran! "Really?" she said. So... Yes\n\nno mark\n',
-         ["Mr. Lee's 3.5 dogs , well-fed , ran !", '" Really ? " she said .', "So ...", "Yes",
-          "no mark"]),
-        ("\u201cGo.\u201d He won\u2019t co-operate -- at 10:30 (1,000.50).",
-         ["“ Go . ”", "He won’t co-operate -- at 10 : 30 ( 1,000.50 ) ."]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("text, sentences", [
+    ("मैं घर जाता हूँ। दूसरा वाक्य।\n", ["मैं घर जाता हूँ ।", "दूसरा वाक्य ।"]),
+    ("நான் வீட்டுக்கு போகிறேன்.\n", ["நான் வீட்டுக்கு போகிறேன் ."]),
+    ("می\u200cروم. ภาษาไทย ดี\n", ["می\u200cروم .", "ภาษาไทย ดี"]),
+    ("湖很深。安娜去游泳！\n好，吧？\n", ["湖 很 深 。", "安 娜 去 游 泳 ！", "好 ， 吧 ？"]),
+    ("a▁b ▁ c. ▅ d ▁▁.", ["a ▁ b ▁ c .", "▅ d ▁ ▁ ."]),
+    ("a\0b c\x01d \x7f.\n\x1b[0m e.\n", ["a \0 b c \x01 d \x7f .", "\x1b [ 0m e ."]),
+    ("😀 😂 ❤️\n😀👩\u200d👧\n", ["😀 😂 ❤️", "😀 👩\u200d👧"]),
+    ("The lake.\n  Anna swam. And\n  left.\n", ["The lake .", "Anna swam .", "And", "left ."]),
+    ("The lake. Anna\r\nswam.\r\n", ["The lake .", "Anna", "swam ."]),
+    ("The lake. Anna swam.\rBen slept.\r", ["The lake .", "Anna swam .", "Ben slept ."]),
+    ("E\xa0f.\u3000G h.\x0bI\x0cj.", ["E f .", "G h .", "I j ."]),
+    ("⠎⠑ a ⠮⠑\n⠨⠿.\n", ["⠎⠑ a ⠮⠑", "⠨⠿ ."]),
+    ("\ufeffA. \ufeffB.", ["A .", "\ufeff B ."]),
+    ('Mr. Lee\'s 3.5 dogs, well-fed, ran! "Really?" she said. So... Yes\n\nno mark\n',
+     ["Mr. Lee's 3.5 dogs , well-fed , ran !", '" Really ? " she said .', "So ...", "Yes",
+      "no mark"]),
+    ("\u201cGo.\u201d He won\u2019t co-operate -- at 10:30 (1,000.50).",
+     ["“ Go . ”", "He won’t co-operate -- at 10 : 30 ( 1,000.50 ) ."]),
+])  # fmt: skip
 def test_texts_that_are_read(write, text, sentences):
     assert [" ".join(s.words) for s in sl.read_text(write(text))] == sentences
 
@@ -186,32 +166,28 @@ CAT, DOG = "A cat.", "A dog."
 PAIR = (CAT, DOG, "neutral")
 OBJECT = dict(zip(NAMES, PAIR, strict=True))
 NO_GOLD = {**OBJECT, "gold_label": "-"}
-HF_EXPORT = [{"premise": CAT, "hypothesis": DOG, "label": label} for label in (1, -1)]
 
 def table(*rows, names=NAMES):
     return "".join("\t".join(row) + "\n" for row in (names, *rows))
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        table(PAIR),
-        table((CAT, DOG, "Neutral"), names=("sentence1", "sentence2", "label")),
-        table((CAT, DOG, "1"), names=("premise", "hypothesis", "label")),
-        table((CAT, DOG, "NEUTRAL"), names=("premise", "hypo", "label")),
-        table((*PAIR, "-", "x"), names=(*NAMES, "label", "genre")),
-        table(PAIR).replace("\n", "\r\n"),
-        "\ufeff\n" + table(PAIR, (CAT, DOG, "-"), (CAT, DOG, "")),
-        table((*PAIR, "en"), ("x", "y", "neutral", "ar"), names=(*NAMES, "language")),
-        json.dumps(OBJECT) + "\n\n" + json.dumps(NO_GOLD),
-        "  " + json.dumps(OBJECT) + "\n",
-        json.dumps(OBJECT, indent=2),
-        json.dumps([OBJECT]),
-        json.dumps([OBJECT], indent=1),
-        "[" + json.dumps(OBJECT) + "\n," + json.dumps(NO_GOLD) + "]",
-        json.dumps(HF_EXPORT),
-        "\n".join(json.dumps({**OBJECT, "language": language}) for language in ("en", "de")),
-    ],
-)
+@pytest.mark.parametrize("text", [
+    table(PAIR),
+    table((CAT, DOG, "Neutral"), names=("sentence1", "sentence2", "label")),
+    table((CAT, DOG, "1"), names=("premise", "hypothesis", "label")),
+    table((CAT, DOG, "NEUTRAL"), names=("premise", "hypo", "label")),
+    table((*PAIR, "-", "x"), names=(*NAMES, "label", "genre")),
+    table(PAIR).replace("\n", "\r\n"),
+    "\ufeff\n" + table(PAIR, (CAT, DOG, "-"), (CAT, DOG, "")),
+    table((*PAIR, "en"), ("x", "y", "neutral", "ar"), names=(*NAMES, "language")),
+    json.dumps(OBJECT) + "\n\n" + json.dumps(NO_GOLD),
+    "  " + json.dumps(OBJECT) + "\n",
+    json.dumps(OBJECT, indent=2),
+    json.dumps([OBJECT]),
+    json.dumps([OBJECT], indent=1),
+    "[" + json.dumps(OBJECT) + "\n," + json.dumps(NO_GOLD) + "]",
+    json.dumps([{"premise": CAT, "hypothesis": DOG, "label": label} for label in (1, -1)]),
+    "\n".join(json.dumps({**OBJECT, "language": language}) for language in ("en", "de")),
+])
 def test_pairs_that_are_read(write, text):
     (pair,) = sl.read_inferences(write(text))
     assert pair == sl.Inference(Sentence(["A", "cat", "."]), Sentence(["A", "dog", "."]), "neutral")
@@ -253,45 +229,41 @@ def refused(reader, path):
     assert message.startswith(f"{path}:") and "; " in message and "\n" not in message
     return message.removeprefix(str(path))
 
-@pytest.mark.parametrize(
-    ("reader", "text", "place", "message"),
-    [
-        ("bio", "Ana S-PER\nLopez O\n", ":1", "'Ana\\tS-PER'; give a word and O, B-X or I-X, for"),
-        ("bio", "Ana O\nNew B-LOC\nYork E-LOC\n", ":3", "the schemes IOBES and BILOU"),
-        ("bio", "Ana U-PER\n", ":1", "the schemes IOBES and BILOU"),
-        ("bio", "Ana B\nLopez I\n", ":1", "tags without a type are not read"),
-        ("bio", "1\tAna\tB-PER\tO\n2\t\tO\tO\n", ":2", "give a word and O, B-X or I-X"),
-        ("bio", "1\tGo\tO\n2\thome\n", ":2", "give a word"),
-        ("bio", "Go O\nhome PER\n", ":2", "PER'; give"),
-        ("conllu", BIRDS.replace("\t", "  "), ":3", "1 columns"),
-        ("conllu", BIRDS.replace("\tsing", "\t\n\tsing"), ":4", "2 columns"),
-        ("conllu", BIRDS.replace("\t_\n", "\t_\tO\n"), ":3", "11 columns"),
-        ("conllu", BIRDS[:-1] + BIRDS, ":8", "'1'; number words 1, 2, 3, with a blank line at the"),
-        ("conllu", BIRDS.replace("\n", "\r"), ":1", "columns"),
-        ("conllu", BIRDS.replace("\t2\tnsubj", "\t0\tnsubj"), ":1", "no tree"),
-        ("conllu", BIRDS.replace("\t0\troot", "\t3\troot"), ":1", "no tree"),
-        ("conllu", BIRDS.replace("\t2\tnsubj", "\t1\tnsubj"), ":1", "no tree"),
-        ("conllu", BIRDS.replace("\t2\tnsubj", "\t4\tnsubj"), ":1", "no tree; let heads be"),
-        ("conllu", BIRDS.replace("\t2\tnsubj", "\t_\tnsubj"), ":1", "no tree"),
-        ("conllu", regex.sub(r"(?m)^(\d\t)\S+", r"\1_", BIRDS), ":1",
-         "the text has been taken out; get it from its publisher"),
-        ("conllu", BIRDS.encode() + b"# b\xffd\n", ":7", "not UTF-8"),
-        ("text", "Le café.".encode("utf-16"), ":1", "bytes that are not UTF-8; convert"),
-        ("text", "Le café.\n".encode("latin-1"), ":1", "not UTF-8"),
-        ("text", b"Fine line.\n" * 5000 + b"caf\xe9", ":5001", "not UTF-8"),
-        ("inferences", table(PAIR, (CAT, DOG, "perhaps")), ":3", "'perhaps'; give entailment, neu"),
-        ("inferences", table(PAIR, (*PAIR, "x")), ":3", "4 columns, unlike the header"),
-        ("inferences", table(PAIR, (CAT, "", "neutral")), ":3", "a sentence without words"),
-        ("inferences", table(PAIR, names="abc"), ":2", "give columns premise, hypothesis and"),
-        ("inferences", json.dumps(OBJECT) + "\n{", ":2", "no JSON"),
-        ("inferences", json.dumps([{**OBJECT, "sentence1": None}]), ": item 1", "no text"),
-        ("inferences", "[\n7]", ": item 1", "give columns"),
-        ("inferences", "[\n7,\n}]", "", "no JSON, Expecting value: line 3"),
-        ("inferences", '{"x": ' + "1" * 5000 + "}", ":1", "no JSON"),
-        ("inferences", json.dumps(OBJECT) + "\n7", ":2: item 1", "no text"),
-        ("inferences", json.dumps({**OBJECT, "sentence1": "A \ud83d"}), ":1: item 1", "no text"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reader, text, place, message", [
+    ("bio", "Ana S-PER\nLopez O\n", ":1", "'Ana\\tS-PER'; give a word and O, B-X or I-X, for"),
+    ("bio", "Ana O\nNew B-LOC\nYork E-LOC\n", ":3", "the schemes IOBES and BILOU"),
+    ("bio", "Ana U-PER\n", ":1", "the schemes IOBES and BILOU"),
+    ("bio", "Ana B\nLopez I\n", ":1", "tags without a type are not read"),
+    ("bio", "1\tAna\tB-PER\tO\n2\t\tO\tO\n", ":2", "give a word and O, B-X or I-X"),
+    ("bio", "1\tGo\tO\n2\thome\n", ":2", "give a word"),
+    ("bio", "Go O\nhome PER\n", ":2", "PER'; give"),
+    ("conllu", BIRDS.replace("\t", "  "), ":3", "1 columns"),
+    ("conllu", BIRDS.replace("\tsing", "\t\n\tsing"), ":4", "2 columns"),
+    ("conllu", BIRDS.replace("\t_\n", "\t_\tO\n"), ":3", "11 columns"),
+    ("conllu", BIRDS[:-1] + BIRDS, ":8", "'1'; number words 1, 2, 3, with a blank line at the"),
+    ("conllu", BIRDS.replace("\n", "\r"), ":1", "columns"),
+    ("conllu", BIRDS.replace("\t2\tnsubj", "\t0\tnsubj"), ":1", "no tree"),
+    ("conllu", BIRDS.replace("\t0\troot", "\t3\troot"), ":1", "no tree"),
+    ("conllu", BIRDS.replace("\t2\tnsubj", "\t1\tnsubj"), ":1", "no tree"),
+    ("conllu", BIRDS.replace("\t2\tnsubj", "\t4\tnsubj"), ":1", "no tree; let heads be"),
+    ("conllu", BIRDS.replace("\t2\tnsubj", "\t_\tnsubj"), ":1", "no tree"),
+    ("conllu", regex.sub(r"(?m)^(\d\t)\S+", r"\1_", BIRDS), ":1",
+     "the text has been taken out; get it from its publisher"),
+    ("conllu", BIRDS.encode() + b"# b\xffd\n", ":7", "not UTF-8"),
+    ("text", "Le café.".encode("utf-16"), ":1", "bytes that are not UTF-8; convert"),
+    ("text", b"Fine line.\n" * 5000 + b"caf\xe9", ":5001", "not UTF-8"),
+    ("inferences", table(PAIR, (CAT, DOG, "perhaps")), ":3", "'perhaps'; give entailment, neu"),
+    ("inferences", table(PAIR, (*PAIR, "x")), ":3", "4 columns, unlike the header"),
+    ("inferences", table(PAIR, (CAT, "", "neutral")), ":3", "a sentence without words"),
+    ("inferences", table(PAIR, names="abc"), ":2", "give columns premise, hypothesis and"),
+    ("inferences", json.dumps(OBJECT) + "\n{", ":2", "no JSON"),
+    ("inferences", json.dumps([{**OBJECT, "sentence1": None}]), ": item 1", "no text"),
+    ("inferences", "[\n7]", ": item 1", "give columns"),
+    ("inferences", "[\n7,\n}]", "", "no JSON, Expecting value: line 3"),
+    ("inferences", '{"x": ' + "1" * 5000 + "}", ":1", "no JSON"),
+    ("inferences", json.dumps(OBJECT) + "\n7", ":2: item 1", "no text"),
+    ("inferences", json.dumps({**OBJECT, "sentence1": "A \ud83d"}), ":1: item 1", "no text"),
+])  # fmt: skip
 def test_what_is_refused(write, reader, text, place, message):
     path = write(text)
     found = refused(reader, path)
@@ -329,10 +301,9 @@ def test_damaged_files_raise_nothing_but_an_input_error(write, reader, data):
         assert sentence.words and sl.restore(*sl.transform(sentence, names)) == sentence
 
 # -------------------------------------------------------------------------------------- real data
-@needs_data
 @pytest.mark.parametrize("name", ["en_ewt-ud-test", "fr_gsd-ud-test"])
-def test_treebanks_as_the_conllu_library_reads_them(name):
-    path = DATA / "ud" / f"{name}.conllu"
+def test_treebanks_as_the_conllu_library_reads_them(name, real_data):
+    path = real_data / "ud" / f"{name}.conllu"
     assert sl.looks_like_conllu(path)
     library = conllu.parse_incr(path.open(encoding="utf-8"))
     for sentence, tokens in zip(sl.read_conllu(path), library, strict=True):
@@ -341,9 +312,8 @@ def test_treebanks_as_the_conllu_library_reads_them(name):
         for name, theirs in columns.items():
             assert getattr(sentence, name) == [token[theirs] for token in words]
 
-@needs_data
-def test_entities_as_pandas_and_seqeval_read_them():
-    path = DATA / "ner" / "en_ewt-ud-test.iob2"
+def test_entities_as_pandas_and_seqeval_read_them(real_data):
+    path = real_data / "ner" / "en_ewt-ud-test.iob2"
     lines = [line for line in path.read_text().splitlines() if line and line[0] != "#"]
     rows = [line.split("\t")[:3] for line in lines]
     table = pandas.DataFrame(rows, columns=["id", "word", "tag"])
@@ -358,9 +328,8 @@ def test_entities_as_pandas_and_seqeval_read_them():
         if sentence.words[-1].strip(".!?…"):
             assert get_entities(derived.entities) == mirrored[::-1]
 
-@needs_data
-def test_pairs_as_pandas_reads_them():
-    path = DATA / "nli" / "sick-train.tsv"
+def test_pairs_as_pandas_reads_them(real_data):
+    path = real_data / "nli" / "sick-train.tsv"
     table = pandas.read_csv(path, sep="\t", quoting=3, dtype=str)
     ours = list(sl.read_inferences(path))
     assert [pair.label for pair in ours] == table["gold_label"].tolist()
@@ -368,9 +337,8 @@ def test_pairs_as_pandas_reads_them():
         assert "".join(pair.premise.words) == "".join(premise.split())
         assert "".join(pair.hypothesis.words) == "".join(hypothesis.split())
 
-@needs_data
-def test_no_character_of_a_real_text_is_lost():
-    path = DATA / "text" / "wikitext2-test.txt"
+def test_no_character_of_a_real_text_is_lost(real_data):
+    path = real_data / "text" / "wikitext2-test.txt"
     assert not sl.looks_like_conllu(path)
     ours = "".join("".join(sentence.words) for sentence in sl.read_text(path))
     assert ours == "".join(path.read_text(encoding="utf-8").split())

@@ -26,12 +26,9 @@ from sklearn.pipeline import make_pipeline
 import synth_lang as sl
 from synth_lang import InputError, Sentence, generate, restore, transform
 
-ROOT = Path(__file__).resolve().parent.parent
-TREEBANKS = ROOT.parent / "shared" / "data" / "ud"
 UPOS = set("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
 RELATIONS = "nsubj obj obl advmod amod det case acl:relcl punct conj nmod:poss flat".split()
 NAMES = ["transliterate", "invert", "permute", "syntax"]
-needs_treebanks = pytest.mark.skipif(not TREEBANKS.exists(), reason="no treebanks are here")
 names = st.lists(st.sampled_from(NAMES), max_size=5)
 any_text = st.text(st.characters(exclude_categories=()), max_size=5)  # lone surrogates too
 any_word = st.sampled_from([".", "!", "。", "...", "a", "\ud800"]) | any_text
@@ -96,13 +93,12 @@ def test_an_entity_comes_out_as_one():
     assert derived.words == "y Bo Lee Mary Ann x".split()
     assert derived.entities == ["O", "B-PER", "B-PER", "I-PER", "I-PER", "O"]
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [("a b c .", "c b a ."), ("a b !", "b a !"), ("a b", "b a"), ("a ?", "a ?"), (". a", "a ."),
-     ("a . .", ". a ."), ("a b ,", ", b a"), ("?", "?"), ("", ""), ("a b …", "b a …"),
-     ("a b ...", "b a ..."), ("a b ?!", "b a ?!"), ("我 去 。", "去 我 。"),
-     ("我 去 ！", "去 我 ！"), ("यह घर ।", "घर यह ।"), ("هل تأتي ؟", "تأتي هل ؟")],
-)  # fmt: skip
+@pytest.mark.parametrize("words, expected", [
+    ("a b c .", "c b a ."), ("a b !", "b a !"), ("a b", "b a"), ("a ?", "a ?"), (". a", "a ."),
+    ("a . .", ". a ."), ("a b ,", ", b a"), ("?", "?"), ("", ""), ("a b …", "b a …"),
+    ("a b ...", "b a ..."), ("a b ?!", "b a ?!"), ("我 去 。", "去 我 。"),
+    ("我 去 ！", "去 我 ！"), ("यह घर ।", "घर यह ।"), ("هل تأتي ؟", "تأتي هل ؟"),
+])  # fmt: skip
 def test_inversion_keeps_the_final_mark_last(words, expected):
     assert transform(Sentence(words.split()), ["invert"])[0].words == expected.split()
     derived = transform(Sentence(words.split()), ["transliterate", "invert"])[0]
@@ -207,10 +203,9 @@ def test_syntax_alone_asks_for_trees(labels):
         transform(sentence, ["syntax"])
     assert transform(sentence, ["invert", "permute", "transliterate"])
 
-@needs_treebanks
-def test_english_in_french_order_puts_adjectives_after_nouns():
-    english = list(sl.read_conllu(TREEBANKS / "en_ewt-ud-test.conllu"))
-    french = list(sl.read_conllu(TREEBANKS / "fr_gsd-ud-test.conllu"))
+def test_english_in_french_order_puts_adjectives_after_nouns(real_data):
+    english = list(sl.read_conllu(real_data / "ud" / "en_ewt-ud-test.conllu"))
+    french = list(sl.read_conllu(real_data / "ud" / "fr_gsd-ud-test.conllu"))
     for like, usual in ((english, "NOUN amod head"), (french, "NOUN head amod")):
         order = sl.learn_order(like)
         counts = sl.learn_order(transform(s, ["syntax"], order=order)[0] for s in english)
@@ -310,14 +305,11 @@ def test_labels_are_true():
 def new_words(pair):
     return [f"new {word}" for word in {*pair.hypothesis.words} - {*pair.premise.words}]
 
-@pytest.mark.parametrize(
-    ("features", "least", "most"),
-    [
-        (lambda pair: pair.premise.words, 0, 0.38),
-        (lambda pair: pair.hypothesis.words, 0.6, 0.7),
-        (lambda pair: pair.hypothesis.words + new_words(pair), 0.85, 0.95),
-    ],
-)
+@pytest.mark.parametrize("features, least, most", [
+    (lambda pair: pair.premise.words, 0, 0.38),
+    (lambda pair: pair.hypothesis.words, 0.6, 0.7),
+    (lambda pair: pair.hypothesis.words + new_words(pair), 0.85, 0.95),
+])
 def test_words_carry_most_of_the_evidence(features, least, most):
     labels = [pair.label for pair in pairs()]
     bayes = make_pipeline(CountVectorizer(analyzer=features, binary=True), MultinomialNB())
@@ -348,7 +340,7 @@ def kept(content):
     return re.sub(r"(?m)^\d+[-.]\d+\t.*\n", "", content)
 
 def run(*arguments, stdin=None):
-    command = [sys.executable, ROOT / "synth_lang.py", *map(str, arguments)]
+    command = [sys.executable, sl.__file__, *map(str, arguments)]
     return subprocess.run(command, text=True, capture_output=True, input=stdin)
 
 def there_and_back(folder, content, names):
@@ -368,9 +360,8 @@ def test_a_treebank_is_restored_from_itself(tmp_path, names):
     assert "|Old=5:1:mar\n" in once and "# sent_id = 1\n# text = vámonos al mar\n" in once
     assert there_and_back(tmp_path, once, "permute+invert") == once
 
-@needs_treebanks
-def test_a_real_treebank_is_restored(tmp_path):
-    content = (TREEBANKS / "fr_gsd-ud-test.conllu").read_bytes().decode()
+def test_a_real_treebank_is_restored(tmp_path, real_data):
+    content = (real_data / "ud" / "fr_gsd-ud-test.conllu").read_bytes().decode()
     assert there_and_back(tmp_path, content, "transliterate+syntax") == kept(content)
 
 cells = st.text(st.characters(exclude_characters="\t\n\r", codec="utf-8"), max_size=4)
@@ -414,20 +405,17 @@ def test_text_is_derived_sentence_by_sentence_also_from_a_pipe(tmp_path):
     assert run("restore", "/dev/stdin", "-o", out, stdin=out.read_text()).returncode == 0
     assert out.read_text() == kept(CONLLU)
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("transform text --transform invert,permute", "are transliterate, invert, permute, syntax"),
-        ("transform text --transform invert+", "no transformation ''"),
-        ("transform text --transform syntax", "syntax needs tags and trees"),
-        ("transform short", "short:4: 9 columns"),
-        ("restore good", "good:1: MISC without Old="),
-        ("generate --seed", "argument --seed: expected one argument"),
-        ("translate text", "invalid choice: 'translate'"),
-        ("generate --out good/below", "Not a directory"),
-        ("transform text --out pipe", "pipe: no regular file"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    ("transform text --transform invert,permute", "are transliterate, invert, permute, syntax"),
+    ("transform text --transform invert+", "no transformation ''"),
+    ("transform text --transform syntax", "syntax needs tags and trees"),
+    ("transform short", "short:4: 9 columns"),
+    ("restore good", "good:1: MISC without Old="),
+    ("generate --seed", "argument --seed: expected one argument"),
+    ("translate text", "invalid choice: 'translate'"),
+    ("generate --out good/below", "Not a directory"),
+    ("transform text --out pipe", "pipe: no regular file"),
+])
 def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["synth_lang.py"])
     monkeypatch.chdir(tmp_path)
@@ -444,7 +432,7 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys, monkeypatch, ar
     assert set(Path().rglob("*")) == before
 
 def test_ctrl_c_gives_one_line_and_status_130(tmp_path):
-    command = [sys.executable, ROOT / "synth_lang.py", "transform", "-o", tmp_path / "out"]
+    command = [sys.executable, sl.__file__, "transform", "-o", tmp_path / "out"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdin.write("A sentence.\n" * 100_000)  # more than a pipe holds: it is being read
     process.stdin.flush()
