@@ -8,9 +8,10 @@ matrix E. The objectives differ in what tells the model which words correspond:
   DICT-MLM   translations to be predicted (Chaudhary et al. 2020, arXiv 2010.12566)
   ALIGN-MLM  a loss that pulls the rows of dictionary pairs together ("the paper", arXiv 2211.08547)
 
-Original and derived text come from different halves of the corpus: if both told the same sentences,
-the text alone would show which words correspond. They share the special ids, <mask> too, as in the
-paper: what is shared can make even MLM multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
+Original and derived text come from different halves of the corpus, 50 sentences for one, then 50
+for the other (`train.make_corpus`): if both told the same sentences, the text alone would show
+which words correspond. They share the special ids, <mask> too: what is shared can make even MLM
+multilingual (Dufter and Schuetze 2020, arXiv 2005.00396).
 
 Letters in shapes: B rows of T tokens, M of them masked; N = B M; D width (in prose D is the
 dictionary); V rows of E, those of both languages; K pairs. A word is a sub-word, a row of E.
@@ -53,7 +54,7 @@ class Settings:
     mask_share: float = 0.15  # share of the tokens that are to be predicted
     alpha: float = 10.0  # weight of the alignment loss, for align
     dictionary_share: float = 0.5  # share of the words that are in the dictionary D
-    parallel_share: float = 0.25  # share of the text that is parallel, for xlm
+    parallel_share: float = 0.25  # share of the derived text that is parallel, for xlm
     optimizer: str = "adamw"  # adamw, or muon for the matrices of the layers and the head
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
@@ -81,7 +82,7 @@ class Settings:
             raise ValueError(f"give positions in multiples of {multiple}, mask_share {least} to 1")
 
     @property
-    def shift(self):  # V / 2, which T_trans adds to ids; 0 without T_trans: then all ids are shared
+    def shift(self):  # V / 2, which T_trans adds to ids; 0 without T_trans: all ids are shared
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property
@@ -97,7 +98,8 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift. Special ids stay, even UNK, which moves in the paper."""
+    """T_trans: i -> i + shift, in `train.make_corpus` and `eval.make_rows`. Special ids stay, even
+    UNK, which moves in the paper."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
@@ -177,7 +179,7 @@ OBJECTIVES = {
 }
 
 # "paper" is for several GPUs, and has the paper's rates. "tiny" is for one core of a CPU, in two
-# minutes; RESULTS.md tells how its rates were chosen. "small" trains with them too, on one GPU.
+# minutes; RESULTS.md, 2, has what was tried. "small" is the same larger, for one GPU.
 PRESETS = {"paper": Settings(), "tiny": Settings(
     vocab_size=4_000, layers=2, width=64, heads=4, feed_forward=256, positions=32, dropout=0.0,
     mask_share=0.4, alpha=100.0, batch=64, steps=1_200, optimizer="muon", rate=3e-3, warmup=50,
@@ -304,10 +306,11 @@ def rotate(model, dictionary):
     s, language = model.settings, model.language_embeddings.weight
     original, derived = words_of_both(model)
     known = torch.from_numpy(dictionary[:, 0] - SPECIALS)
+    # The orthogonal Q with the least |derived Q - original| is U V^T of this product's SVD.
     u, _, vh = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
     turned = derived @ u @ vh
     if s.objective == "xlm":
-        turned -= language[0]  # encode() will add it: with it words_of_both() has made `original`.
+        turned -= language[0]  # It is in `original`, and encode() will add it to rows of E.
     model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
     language[-1] = language[0]  # what words_of_both() adds to derived words
     return model
@@ -346,7 +349,8 @@ def write_tokenizer(table, mark, folder):
     table: the spelling and the score of each id's sub-word, V pairs. mark: what a word's first
     sub-word begins with, in the original language and, transliterated, in the derived one."""
     tokenizer = Tokenizer(models.Unigram(table, UNK))
-    tokenizer.normalizer = normalizers.Sequence([  # Braille is transliterated text.
+    # Where a word begins, (?<!\S), the mark is put before what (?=...) finds: Braille is derived.
+    tokenizer.normalizer = normalizers.Sequence([
         normalizers.Replace(Regex(r"(?<!\S)(?=[\u2800-\u28ff])"), mark[1]),
         normalizers.Replace(Regex(r"(?<!\S)(?=[^\s\u2800-\u28ff])"), mark[0]),
     ])  # fmt: skip

@@ -11,7 +11,8 @@ The measures are the paper's, in percent:
     BZ          bilingual zero-shot: fine-tuned on the original, tested on the derived language
     Delta       BZ - BS, below zero by what zero-shot costs
     BZ rotated  BZ once the rotation that fits D best has turned the fine-tuned model's derived
-                words onto the original ones (`alignmlm.rotate`); nothing more is trained
+                words onto the original ones (`alignmlm.rotate`), also with their language
+                embedding; nothing more is trained
     alignment   the share of original words whose nearest derived word is their counterpart
 """
 
@@ -118,8 +119,8 @@ class Ner(Task):
         return synth_lang.read_bio(path)
 
     def score(self, gold, said):
-        # seqeval finds (type, first word, last word) of each entity as CoNLL-2003 does, also where
-        # what is said is ill-formed, as an I- that continues nothing is.
+        # seqeval finds (type, first word, last word) of each entity as CoNLL-2003 does: an I- that
+        # continues nothing begins one.
         gold, said = set(get_entities(gold)), set(get_entities(said))
         # This is F1. All rows count together, as many of them have no entity.
         return 200 * len(gold & said) / max(len(gold) + len(said), 1)
@@ -236,7 +237,7 @@ def fine_tune(model, rows, labels, epochs):
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
-    # Unless they are frozen, the words of the language that is tuned move away from the other's.
+    # Unless they are frozen, as in tiny and small, the words of the tuned language move away.
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
@@ -286,8 +287,8 @@ def evaluate(folder, name, examples, device=train.DEVICES[0]):
         text = ", ".join(unknown)
         print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
     names = known + unknown  # What only the test has gets a name, but no logit.
-    # (2 languages, 3, rows, T), the original one first. T_perm draws its order by a row's number:
-    # made together, no row to learn from shares one with a row of the test.
+    # rows[language] is tokens, labels and languages of learn and then test, (3, examples, T).
+    # T_perm draws its order by an example's number: made together, no two have the same.
     rows = [make_rows(task, learn + test, names, tokeniser, s, language) for language in (0, 1)]
     rows = torch.stack(rows).to(device)
     learn_rows, test_rows = rows.split([len(learn), len(test)], dim=2)
@@ -331,8 +332,8 @@ def read_cells(folder):
 def correlation(alignment, delta):
     """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
 
-    It is Pearson's r of the ranks, for which SciPy has both a permutation test, p, over all
-    pairings up to 7 rows and 5,040 random ones beyond, and an interval, Fisher's."""
+    It is Pearson's r of the ranks. p is the share of pairings of them, all up to 7 rows and 5,040
+    random ones beyond, with an r as far from 0. The interval is Fisher's, approximate for ranks."""
     # Rounding errors of BZ - BS are to break no tie.
     ranks = rankdata(alignment), rankdata(-np.round(delta, 6))
     method = PermutationMethod(n_resamples=5_040, rng=np.random.default_rng(0))

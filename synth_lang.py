@@ -68,7 +68,8 @@ def parse_table(table, columns):
 # twice as often. An option is a list of names. The first one says what the top word of the phrase
 # is: a phrase, of which an option is drawn in its turn, a class of words, or "PART:to", a word and
 # its tag. All names together say which dependents it may have: those of their rows in DEPENDENTS.
-# Some names, such as `subject` and `tense`, are nothing but names of such rows.
+# Some names, such as `subject` and `tense`, are nothing but names of such rows. In "person noun"
+# the top word is of the class `person`, and `noun` names eight rows.
 #
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
@@ -96,7 +97,7 @@ PHRASES = dict(parse_table("""
 # phrase so far, `<` just before the top word, `>` just after it, `]` at the end. The flags:
 # `repeats`, it may come several times; `agrees`, it takes its number from the head; `nests`, it may
 # have phrases like itself in it, and so becomes rarer with the depth. Rows are tried from the top:
-# what sets a number stands first.
+# what sets a number stands before what agrees with it.
 # As an example, "noun 0.44 [ det agrees determiner" says that 44 in 100 nouns have a determiner, in
 # front of what they have by then, with the relation `det`, and plural if the noun is.
 DEPENDENTS = parse_table("""
@@ -254,7 +255,8 @@ def make_word(rng, topic, name, deprel, head, flags):  # Returns the top word of
     if name in OPEN_CLASSES:
         upos, size, *_ = OPEN_CLASSES[name].split()
         rank = zipf(rng, int(size))
-        # Often rank 0 is the head's favourite, and mostly the topic stays.
+        # Rank 0 is the likeliest. With the head's favourite added, which starts again at 0 beyond
+        # the last rank, another word is, the same one whenever the head is. The topic mostly stays.
         if rng.random() < 0.6:
             rank += head.favourite
         if rng.random() < 0.15:
@@ -302,7 +304,8 @@ def make_phrase(rng, topic, options, deprel, head, flags=""):
                 node.entity = prefix + kind
                 prefix = "I-"
     # What this word does to its head: a verb has the number of its subject, what is counted is
-    # plural, and an auxiliary decides the form of its verb.
+    # plural, and an auxiliary decides the form of its verb. In "will look" the phrase of "will" is
+    # made first and asks for form 1, which "look" takes when its own phrase is complete, below.
     if deprel == "nsubj":
         head.plural = top.plural
     if deprel == "nummod":
@@ -523,9 +526,10 @@ def arrange(model, kind, family):
     return sorted(family, key=lambda word: -points[family[word]])
 
 def syntax_order(sentence, order, **context):
-    """The dependents of nouns and verbs in the order of the model's language. A subtree moves as a
-    whole, and one with gaps is drawn together. Punctuation keeps its place in its family, so that a
-    final '.' stays final."""
+    """The dependents of nouns and verbs in the order of the model's language: order is from
+    `learn_order`, or SOV. A subtree moves as a whole, and one with gaps is drawn together.
+    Punctuation keeps its place in its family, so that a final '.' stays final. Raises InputError
+    for a sentence without tags or trees."""
     # place_in[head, word] is the place that a word gets in the family of a head, out of those that
     # the family has now. "red house" has 0 and 1: if adjectives follow nouns, place_in[1, 1] is 0
     # and place_in[1, 0] is 1. A word that keeps its place may be left out.
@@ -545,11 +549,13 @@ def syntax_order(sentence, order, **context):
         return key[::-1]
 
     # Two lists are compared where they first differ. For two words that is in the smallest family
-    # that both are below, and so whole subtrees are put in order.
+    # that both are below, and so whole subtrees are put in order. In "red house fell" the keys of
+    # "red" and "house" both have the place of "house" beside "fell", and then differ.
     return sorted(range(len(sentence.words)), key=sort_key)
 
-# A new transformation that moves words is a function and a row here. Spelling is another matter:
-# train.py transliterates ids instead of words (`alignmlm.derive_ids`).
+# A new transformation that moves words is a row here and a function, (sentence, **context) to
+# places, as `Transformation` says. Spelling is another matter: train.py transliterates ids instead
+# of words (`alignmlm.derive_ids`).
 TRANSFORMS = {
     "transliterate": Transformation(spell=transliterate_word, unspell=restore_word),
     "invert": Transformation(inverted_order),
@@ -905,6 +911,7 @@ def transform_file(args):
         else:
             yield " ".join(derived.words)
 
+# Words come back with all their columns. What does not is named above, at NOTE.
 def restore_file(args):
     for block in blocks_of(read_lines(args.file)):
         _, rows, comments = parse_block(block)

@@ -6,12 +6,13 @@
 
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
-open. The same command again goes on from the checkpoint, on a CPU bit for bit the same: all that is
-random in a step is a function of the seed and the step (dropout also of the process), so that no
-generator has to be saved.
+open. The same command again goes on from the checkpoint, of the last step that --save-every
+divides, on a CPU bit for bit the same: all that is random in a step is a function of the seed and
+the step (dropout also of the process), so that no generator has to be saved.
 
 In the code `s` is the Settings, which say what experiment it is, and `args` has the other options:
 where its text comes from (text, order, sentences), and how it is computed (device, save_every).
+Here and in synth_lang.py a word is a whole word, which is cut into sub-words.
 """
 
 import functools
@@ -180,7 +181,8 @@ def pair_starts(corpus, size):
     words of a sentence correspond to its last, and so a cut sentence lacks its counterpart."""
     ends = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
     starts = ends[ends + size <= len(corpus.derived)]  # A sentence starts where one ends.
-    # The last end of a sentence within such a text, and how many of its ids come after that.
+    # The last end of a sentence within such a text, and how many of its ids come after that. If
+    # sentences end at 10, 18 and 33, a text of 15 ids from 0 has 5 cut ids, and one from 18 none.
     last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
     cut = starts + size - last_end
     return starts[cut <= max(2, cut.min())]
@@ -290,7 +292,8 @@ def load_checkpoint(path, model, optimizers):
         return 0
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    update(model, optimizers, 0.0)  # A first step makes the state that is to be filled.
+    # Optimizers make their state in a first step, which with a rate of 0 moves nothing.
+    update(model, optimizers, 0.0)
     saved = load_file(path)
     for name, tensor in all_state(model, optimizers).items():
         tensor.copy_(saved[name])
@@ -362,8 +365,8 @@ def run(folder, s, args):
     path = folder / "settings.json"
     finished = is_finished(folder)
     source = {"text": args.text, "order": args.order, "sentences": args.sentences}
-    # A finished run is known by the names of its files, which may be gone; an unfinished one by
-    # their content, as they may have moved.
+    # settings.json has all three. A finished run is known by settings and source, the names of its
+    # files, which may be gone; an unfinished one by settings and content, as files may have moved.
     text = {"source": source} if finished else {"content": content_hash(args)}
     record = {"settings": asdict(s), **text}
     if path.exists() and not record.items() <= json.loads(path.read_text()).items():

@@ -1,4 +1,4 @@
-"""The two losses that touch the whole vocabulary, and where their Triton kernels run.
+"""The two losses over the word-embedding matrix, and where their Triton kernels run.
 
 As equations they stand in alignmlm.py; here the same numbers are computed in less memory: by the
 kernels where `fused` says so, elsewhere, as on a CPU, by masked_lm_plain and alignment_plain, which

@@ -6,6 +6,10 @@ With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K and the gradie
 
 Plain PyTorch makes a (K, D) matrix for every factor of these, and so passes over memory many times.
 Here each of K programs reads the two rows of its pair, 2 D values, and writes both gradients.
+
+In Triton all programs run the same function, and `program_id` is the number of each. A load reads
+the vector at a pointer plus offsets; where its mask is False it touches nothing and gives `other`.
+What is `constexpr` is known when the function is compiled.
 """
 
 import torch

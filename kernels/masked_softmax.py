@@ -11,7 +11,7 @@ With hidden (N, D), weight (V, D), bias (V,) and labels (N,), this is the trick:
     total = others + label_logits.exp()
     loss = (total.log() - label_logits).mean()
     scale = 1 / (N * total)
-    p[range(N), labels] = -others  # now scale * p is the gradient of the logits
+    p[range(N), labels] = -others  # scale * p is the logits' gradient, (softmax - one_hot) / N
 
 A row's factor moves out of a product, and so p itself is never normalised:
 
@@ -127,7 +127,7 @@ def weight_grad_kernel(p, scaled, scales, dweight, dbias, N, V, D: constexpr, BL
     v0 = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
     grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     if d == 0:
-        # A product has 16 columns or more, and so dbias is one with 16 equal columns.
+        # A product has 16 columns or more, and so dbias is one with 16 columns of scale.
         grad_bias = tl.zeros((BLOCK_V, COLUMNS), tl.float32)
         for n in range(0, N, BLOCK_N):
             p_tile = p.load([n, v0]).T  # (BLOCK_V, BLOCK_N)
@@ -152,9 +152,9 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     """The loss (fp32) and its gradients in the inputs' types, or empty ones if not wanted."""
     (N, D), V = hidden.shape, len(weight)
     device = torch.cuda.get_device_properties(weight.device)
-    # A program sums a tile of tall x wide numbers over steps of `deep`. 128 x 256 is what the
-    # registers of 8 warps hold on Hopper, but would spill on Blackwell. The exponentials of fp16
-    # are kept in bf16, for they need the range of fp32.
+    # A program sums a tile of tall x wide numbers, of N x V in exp_kernel, of V x D after it, over
+    # steps of `deep`. 128 x 256 is what the registers of 8 warps hold on Hopper, but would spill on
+    # Blackwell. The exponentials of fp16 are kept in bf16: they need the range of fp32.
     p_dtype, tall, wide, deep = torch.bfloat16, 128, 128, 64
     if device.major == 9:
         wide = 256
@@ -183,7 +183,7 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
             D=D, BLOCK_N=tall, BLOCK_V=wide, BLOCK_D=deep_D, WITH_GRAD=with_grad,
             num_warps=8)  # fmt: skip
         exponentials(reference=None, REPAIR=False)
-        # Each row's maximum (n,), or 0 where that is within reach and nothing is to be repaired.
+        # Each row's maximum (n,), or 0 within reach. The repair skips blocks of zeros alone.
         reference = F.hardshrink(peaks.amax(0), REACH)
         exponentials(reference=reference, REPAIR=True)
         label_logit, others = label_logits[chunk] - reference, sums.sum(0)  # (n,) each
