@@ -74,7 +74,7 @@ class Settings:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"no optimizer {self.optimizer!r}: give adamw or muon")
         # 16 is what the kernels' tiles need, and 4 what XLM needs, whose rows are half pairs.
-        if self.width % self.heads or self.width % 16 or self.batch % 4:
+        if self.heads < 1 or self.width % self.heads or self.width % 16 or self.batch % 4:
             raise ValueError("give width in multiples of 16 and of heads, batch in multiples of 4")
         multiple = SHORT_ROW if self.short_steps else 2
         least = 1 / min(self.positions, SHORT_ROW)  # one token of the shortest row

@@ -67,7 +67,8 @@ def near(count: int, trials: int, probability: float) -> bool:
 @pytest.mark.parametrize("wrong, named", [
     ({"objective": "nonsense"}, "objective 'nonsense': give mlm, xlm, dict, align"),
     ({"optimizer": "adam"}, "optimizer"), ({"width": 30}, "width"), ({"batch": 6}, "batch"),
-    ({"width": 48, "heads": 5}, "heads"), ({"positions": 15}, "positions in multiples of 2"),
+    ({"width": 48, "heads": 5}, "heads"), ({"heads": 0}, "heads"),
+    ({"positions": 15}, "positions in multiples of 2"),
     ({"positions": 16, "short_steps": 5}, "positions in multiples of 32"),
     ({"mask_share": 15.0}, "mask_share"), ({"mask_share": 0.02}, "mask_share 0.0625 to 1"),
 ], ids=str)  # fmt: skip
