@@ -542,7 +542,8 @@ def syntax_order(sentence, order, **context):
     # the way, each in the family of its head, and last the word's own in the family that it heads.
     def sort_key(word):
         key = [place_in.get((word, word), word)]
-        while word >= 0:  # The root's head, 0 in CoNLL-U, is -1 here.
+        # The root's head, 0 in CoNLL-U, is -1 here. A cycle, which no reader accepts, has no end.
+        while word >= 0 and len(key) <= len(sentence.heads):
             head = sentence.heads[word] - 1
             key.append(place_in.get((head, word), word))
             word = head

@@ -155,6 +155,10 @@ def test_an_unseen_pair_keeps_its_order_and_punctuation_its_place():
     for order in ({}, sl.learn_order([first] * 9)):
         assert transform(RED_HOUSE, ["syntax"], order=order)[0] == RED_HOUSE
 
+def test_a_cycle_of_heads_keeps_its_words():
+    cycle = Sentence(["a", "b"], ["NOUN", "NOUN"], [2, 1], ["nmod", "nmod"])
+    assert sorted(transform(cycle, ["syntax"])[0].words) == ["a", "b"]
+
 def test_smoothing_falls_back_on_the_relation():
     """Never seen with this tag, the adjective goes where other `amod` go; and names are nouns."""
     model = {"NOUN head amod": 3}
