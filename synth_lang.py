@@ -175,8 +175,8 @@ CLOSED_CLASSES = dict(parse_table("""
 """, columns=2))
 # The words of an open class are made of syllables. The columns are the tag, the number of words in
 # a topic, their stems, and the endings of their forms, where `-` is none. Classes with one name for
-# their stems share them: what one does with a hammer is to hammer. The forms of a noun are its two
-# numbers, those of a verb are -s, base, -ed and -ing.
+# their stems share them: what one does with a hammer is to hammer. Participles share theirs with no
+# verb. The forms of a noun are its two numbers, those of a verb are -s, base, -ed and -ing.
 OPEN_CLASSES = dict(parse_table("""
     person        NOUN  8   person     - s
     thing         NOUN  10  thing      - s
