@@ -270,7 +270,9 @@ def measure(tagger, task, rows, names):
     return task.score(gold, said)
 
 def read_run(folder):
-    """The model and the Tokeniser of a finished run. Raises ValueError or OSError without one."""
+    """The model and the Tokeniser of a finished run. Raises ValueError without one."""
+    if not train.is_finished(folder):
+        raise ValueError(f"{folder}: no finished run; let train.py make it, or go on with it")
     # What transformers keeps of a model does not say which experiment it is of.
     settings = json.loads((folder / "settings.json").read_text())["settings"]
     model = from_hf(folder / "model", Settings(**settings))
@@ -509,7 +511,7 @@ def main():
     option = files.add_argument
     option("--train", nargs="+", default=[], help="examples to learn from, a file for each task")
     option("--test", nargs="+", default=[], help="the same to test on (default: built-in ones)")
-    option("--language", default="en", help="of a file for nli that has several (%(default)s)")
+    option("--language", default="en", help="to take of an NLI file that has several (%(default)s)")
     for name in TASKS:
         task = commands.add_parser(name, parents=[files], help="fine-tune and test one run")
         task.add_argument("folder", type=Path, help="of a run of train.py")

@@ -960,6 +960,8 @@ def guarded(main):
         return main()
     except KeyboardInterrupt:  # The line of a progress bar is ended first.
         status, message = 130, f"\n{name}: interrupted"
+    except FileNotFoundError as error:
+        status, message = 2, f"{name}: {error.filename}: no such file; give another path"
     except (OSError, ValueError, ArithmeticError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
     # With the except clause the error's frames have ended, and so has a progress bar in them, which
@@ -969,13 +971,15 @@ def guarded(main):
 
 def main(arguments=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("file", nargs="?", default="/dev/stdin", help="not given: a pipe")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="file, or generate's folder")
-    parser.add_argument("--transform", default="transliterate+invert", help="+".join(TRANSFORMS))
-    parser.add_argument("--order", help="a treebank whose order syntax imitates")
-    parser.add_argument("--sentences", type=int, default=1000, help="how many to generate")
-    parser.add_argument("--seed", type=int, default=0, help="of generate and permute")
+    option = parser.add_argument
+    option("command", choices=COMMANDS)
+    option("file", nargs="?", default="/dev/stdin", help="to read (standard input)")
+    option("-o", "--out", type=Path, required=True, help="file, or generate's folder")
+    several = f"some of {', '.join(TRANSFORMS)}, joined by + (%(default)s)"
+    option("--transform", default="transliterate+invert", help=several)
+    option("--order", help="a treebank whose order syntax imitates")
+    option("--sentences", type=int, default=1000, help="how many to generate (%(default)s)")
+    option("--seed", type=int, default=0, help="of generate and permute (%(default)s)")
     args = parser.parse_intermixed_args(arguments)  # The file may follow after options.
     path = args.out / "original.conllu" if args.command == "generate" else args.out
     write(path, COMMANDS[args.command](args))

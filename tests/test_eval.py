@@ -165,9 +165,9 @@ def test_batches_have_each_row_once_and_little_padding():
 def save_run(root, folder, model):
     folder.mkdir()
     (folder / "settings.json").write_text(json.dumps({"settings": asdict(model.settings)}))
-    for name in ("tokenizer.model", "order.json"):
-        (folder / name).write_bytes((root / "one" / name).read_bytes())
     alignmlm.to_hf(model, folder / "model")
+    for name in ("tokenizer.model", "order.json", "model/tokenizer_config.json"):
+        (folder / name).write_bytes((root / "one" / name).read_bytes())
 
 def cell_of_turned(root, folder, turn):
     """The scores of a run in which `turn` takes each original word to its counterpart."""
@@ -379,7 +379,7 @@ def test_a_bad_grid_is_refused_before_training(tmp_path, command, arguments, nam
 
 def test_bad_folders_and_files_are_refused(root, tmp_path, command):
     assert "no run here has a score" in command(evaluation, "report", tmp_path).messages[0]
-    assert "settings.json" in command(evaluation, "pos", tmp_path).messages[0]
+    assert f"{tmp_path}: no finished run" in command(evaluation, "pos", tmp_path).messages[0]
     bare = tmp_path / "bare.conllu"
     bare.write_text("1\tdog\t_\t_\t_\t_\t0\troot\t_\t_\n\n")
     (line,) = command(evaluation, "pos", root / "one", "--train", bare, "--test", bare).messages
