@@ -63,7 +63,7 @@ def content_hash(args):
     """A hash of what the text is made from. Files that were moved or touched have the same one."""
     digest = hashlib.sha256(str(args.sentences).encode())
     # synth_lang.py has the transformations and the built-in language.
-    for path in [synth_lang.__file__, *args.text, args.order or os.devnull]:  # no order is empty
+    for path in [synth_lang.__file__, *args.text, args.order or os.devnull]:  # null: no order
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -102,7 +102,6 @@ class Tokeniser:
     def __init__(self, folder, s):
         self.subwords = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         self.order = json.loads((folder / "order.json").read_text())
-        # T_trans acts on ids.
         self.moves = [n for n in synth_lang.parse_transform(s.transform) if n != "transliterate"]
 
     def derive(self, sentence, index):
@@ -301,7 +300,9 @@ def load_checkpoint(path, model, optimizers):
 
 def pretrain(corpus, s, folder, args):
     """Train from the folder's checkpoint, if it has one, to the last step; returns the model.
-    Raises ValueError for a loss that is not finite."""
+    Raises ValueError for a batch that processes cannot share, or a loss that is not finite."""
+    if s.batch % (4 * WORLD):
+        raise ValueError(f"batch {s.batch}: give a multiple of 4 for each of {WORLD} processes")
     torch.manual_seed(s.seed)
     model = MaskedLM(s).to(args.device).train()
     optimizers = make_optimizers(model, s)
@@ -320,8 +321,8 @@ def pretrain(corpus, s, folder, args):
     bar = tqdm(range(start, s.steps), "steps", disable=quiet)
     for step in bar:
         batch = make_batch(corpus, s, dictionary, step)
-        # Each process takes every WORLD-th row. If all get equally many, the mean of the gradients
-        # is that of all rows, as each has the same number of masks.
+        # Each process takes every WORLD-th row. All get equally many rows and masks, and so the
+        # mean of their gradients is that of the whole batch.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
         # For dropout, wherever a run was stopped. Python's hash of numbers is always the same.
         torch.manual_seed(hash((s.seed, step, RANK)))

@@ -322,6 +322,11 @@ def test_ctrl_c_is_one_line_while_sub_words_are_learned_and_while_training(tmp_p
         assert messages(stderr.read_text()) == ["train.py: interrupted"]
     assert [path.name[:4] for path in sorted(tmp_path.iterdir())] == ["data", "run", "stde"]
 
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 3)
+    with pytest.raises(ValueError, match="multiple of 4 for each of 3 processes"):
+        train.pretrain(None, small(batch=8), tmp_path, None)
+
 def test_two_processes_train_as_one_does(root):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [*OPTIONS, "--objective", "xlm", "--dropout", "0", "--steps", "100"]
