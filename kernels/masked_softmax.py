@@ -123,8 +123,8 @@ def weight_grad_kernel(p, scaled, scales, dweight, dbias, N, V, D: constexpr, BL
     dbias. The first D columns of scaled are scale * hidden, and each of the last 16 is scale;
     `scales` is the same matrix for loading these.
     """
-    d = tl.program_id(0) % (D // BLOCK_D) * BLOCK_D  # fastest: neighbours share tiles of p
-    v0 = tl.program_id(0) // (D // BLOCK_D) * BLOCK_V
+    d = tl.program_id(0) * BLOCK_D  # fastest: neighbours share tiles of p
+    v0 = tl.program_id(1) * BLOCK_V
     grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     if d == 0:
         # A product has 16 columns or more, and so dbias is one with 16 columns of scale.
@@ -198,7 +198,7 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
             product = torch.mm(p[:, :V], weight.to(p_dtype), out=new(n, D, dtype=p_dtype))
             dhidden[chunk] = scale[:, None] * product
             scaled = (F.pad(h, (0, COLUMNS), value=1.0) * scale[:, None]).to(p_dtype)
-            weight_grad_kernel[(triton.cdiv(V, tall) * (D // wide_D),)](
+            weight_grad_kernel[D // wide_D, triton.cdiv(V, tall)](
                 tiled(p, [deep, tall]), tiled(scaled, [deep, wide_D]),
                 tiled(scaled, [deep, COLUMNS]), tiled(dweight, [tall, wide_D]), dbias, n, V, D,
                 BLOCK_V=tall, BLOCK_D=wide_D, BLOCK_N=deep, FIRST=start == 0,
