@@ -1,8 +1,8 @@
 """ALIGN-MLM and the three objectives that it is measured against, in one file.
 
 One RoBERTa (Liu et al. 2019) is pre-trained on two languages at once: an original, and one derived
-from it by an invertible transformation. The words of both have rows of their own in one embedding
-matrix E. The objectives differ in what tells the model which words correspond:
+from it by an invertible transformation. With another script, its words have rows of their own in
+the one embedding matrix E. The objectives differ in what tells which words correspond:
   MLM        nothing
   XLM        parallel sentences side by side (Conneau and Lample 2019, arXiv 1901.07291)
   DICT-MLM   translations to be predicted (Chaudhary et al. 2020, arXiv 2010.12566)
@@ -61,7 +61,7 @@ class Settings:
     warmup: int = 10_000  # steps in which the rate rises to its peak
     decay_share: float = 1.0  # the rate falls to 0 over this last share of the steps after warm-up
     batch: int = 128  # rows in a step
-    short_steps: int = 0  # so many steps come first, with more and shorter rows, of 32 tokens
+    short_steps: int = 0  # so many first steps have shorter rows, of 32 tokens, and more of them
     weight_decay: float = 0.01  # of matrices, embeddings included
     tune_epochs: int = 10  # epochs of fine-tuning
     tune_length: int = 128  # most tokens in a row of fine-tuning, if positions allows
@@ -73,16 +73,16 @@ class Settings:
             raise ValueError(f"no objective {self.objective!r}: give {', '.join(OBJECTIVES)}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"no optimizer {self.optimizer!r}: give adamw or muon")
-        # 16 is what the kernels' tiles need, and 4 what XLM needs, whose rows are half pairs.
+        # 16 is what the kernels' tiles need, and 4 what XLM needs, half of whose rows are pairs.
         if self.heads < 1 or self.width % self.heads or self.width % 16 or self.batch % 4:
             raise ValueError("give width in multiples of 16 and of heads, batch in multiples of 4")
-        multiple = SHORT_ROW if self.short_steps else 2
+        multiple = SHORT_ROW if self.short_steps else 2  # short rows, or halves of XLM's pairs
         least = 1 / min(self.positions, SHORT_ROW)  # one token of the shortest row
         if self.positions % multiple or not least <= self.mask_share <= 1:
             raise ValueError(f"give positions in multiples of {multiple}, mask_share {least} to 1")
 
     @property
-    def shift(self):  # V / 2, which T_trans adds to ids; 0 without T_trans: all ids are shared
+    def shift(self):  # V / 2, which T_trans adds to ids; 0 without: words are their counterparts
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property
@@ -90,7 +90,7 @@ class Settings:
         return self.vocab_size // 2 if self.shift else self.vocab_size
 
     @property
-    def languages(self):  # how many language embeddings; RoBERTa has one at least
+    def languages(self):  # how many language embeddings; RoBERTa has at least one
         return 2 if OBJECTIVES[self.objective].language_embeddings else 1
 
 def preset(name, **changes):  # the Settings of a preset with these changes
@@ -98,13 +98,13 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift, in `train.make_corpus` and `eval.make_rows`. Special ids stay, even
-    UNK, which moves in the paper."""
+    """T_trans: i -> i + shift, in `train.make_corpus` and `eval.make_rows`; on words, as in files,
+    it is `synth_lang.transliterate_word`. Special ids stay, even UNK, which moves in the paper."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
     """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
-    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # three numbers, where a step's stream has two
+    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # Those of batches have [seed, step].
     words = np.arange(SPECIALS, s.language_size)
     known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
     return np.stack([known, known + s.shift], axis=1)
@@ -124,11 +124,11 @@ def mask_tokens(tokens, s, rng):
     """RoBERTa's masking of tokens (B, T) int64; returns tokens, masked and labels, as in Batch. Of
     the chosen 80 % become <mask>, 10 % a random word of either language, and 10 % stay. RoBERTa
     chooses each with the probability mask_share; here it is round(mask_share * T) of every row, so
-    that all batches have one shape, and special ones only where a row has too few words."""
+    that rows are alike, and special tokens are chosen only where there are too few words."""
     count = round(s.mask_share * tokens.shape[1])
-    order = rng.random(tokens.shape)  # The smallest are chosen, and special ones stand last.
-    order[tokens < SPECIALS] += 1
-    masked = np.sort(np.argpartition(order, count - 1, axis=1)[:, :count])
+    drawn = rng.random(tokens.shape)  # The smallest are chosen, and special ones come last.
+    drawn[tokens < SPECIALS] += 1
+    masked = np.sort(np.argsort(drawn, axis=1)[:, :count])
     labels = np.take_along_axis(tokens, masked, axis=1)
     of_derived = rng.integers(2, size=labels.shape)
     words = rng.integers(SPECIALS, s.language_size, labels.shape) + s.shift * of_derived
@@ -141,9 +141,8 @@ def mask_tokens(tokens, s, rng):
 # ------------------------------------------------------------------------------ the objectives
 # All minimise L_MLM, the masked-language-model loss over both languages. These are their additions.
 def pair_translations(original, derived):
-    """XLM: texts and their counterparts side by side, to be masked on both sides. Each is tokens,
-    languages and positions, (3, B, T / 2) int64. Positions start again with the counterpart, so
-    that corresponding words can have the same."""
+    """XLM: texts and their counterparts side by side. Each is tokens, languages and positions,
+    (3, B, T / 2) int64. Positions start again, so that corresponding words can have the same."""
     return np.concatenate([original, derived], axis=2)  # (3, B, T)
 
 def ask_translations(batch, dictionary, s, rng):
@@ -290,7 +289,7 @@ def alignment_score(model, dictionary):
     counterpart: of "all" words, of those "inside" and of those "outside" the dictionary (K, 2). A
     group without words is left out. Source: the paper."""
     original, derived = words_of_both(model)
-    derived = F.normalize(derived, dim=1)  # The original one's length changes no comparison.
+    derived = F.normalize(derived, dim=1)  # The originals' lengths change no comparison.
     nearest = [(rows @ derived.T).argmax(1) for rows in original.split(1024)]
     words = np.arange(len(original))
     aligned = 100.0 * (torch.cat(nearest).numpy(force=True) == words)
@@ -300,19 +299,20 @@ def alignment_score(model, dictionary):
 
 @torch.no_grad()
 def rotate(model, dictionary):
-    """A copy in which the orthogonal map that fits the dictionary (K, 2) best (Schönemann 1966) has
-    turned all derived words onto the original ones. They then count as words of that language."""
+    """A copy whose derived words were turned onto the original ones by the orthogonal map that fits
+    the dictionary (K, 2) best (Schönemann 1966), and now have the original language's embedding.
+    `eval.evaluate` rotates a fine-tuned model: its BZ is BZ rotated."""
     model = copy.deepcopy(model)
-    s, language = model.settings, model.language_embeddings.weight
+    s, language = model.settings, model.language_embeddings.weight  # (1 or 2, D)
     original, derived = words_of_both(model)
     known = torch.from_numpy(dictionary[:, 0] - SPECIALS)
-    # The orthogonal Q with the least |derived Q - original| is U V^T of this product's SVD.
+    # From the SVD comes the orthogonal u vh with the least |derived u vh - original|.
     u, _, vh = torch.linalg.svd(derived[known].T @ original[known])  # (D, D) each
     turned = derived @ u @ vh
     if s.objective == "xlm":
-        turned -= language[0]  # It is in `original`, and encode() will add it to rows of E.
+        turned -= language[0]  # `original` has it added, and so it has to come off for E.
     model.word_embeddings.weight[SPECIALS + s.shift : s.language_size + s.shift] = turned
-    language[-1] = language[0]  # what words_of_both() adds to derived words
+    language[-1] = language[0]  # The last is the derived language's, if there are two.
     return model
 
 # ----------------------------------------------------------- out to, and in from, transformers
@@ -349,7 +349,7 @@ def write_tokenizer(table, mark, folder):
     table: the spelling and the score of each id's sub-word, V pairs. mark: what a word's first
     sub-word begins with, in the original language and, transliterated, in the derived one."""
     tokenizer = Tokenizer(models.Unigram(table, UNK))
-    # Where a word begins, (?<!\S), the mark is put before what (?=...) finds: Braille is derived.
+    # Each language's mark is put where a word begins, (?<!\S). Braille is derived.
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.Replace(Regex(r"(?<!\S)(?=[\u2800-\u28ff])"), mark[1]),
         normalizers.Replace(Regex(r"(?<!\S)(?=[^\s\u2800-\u28ff])"), mark[0]),

@@ -6,9 +6,9 @@
 
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
-open. The same command again goes on from the checkpoint, of the last step that --save-every
-divides, on a CPU bit for bit the same: all that is random in a step is a function of the seed and
-the step (dropout also of the process), so that no generator has to be saved.
+open. The same command again goes on from the last checkpoint, of a step that --save-every divides,
+on a CPU bit for bit the same: all that is random in a step is a function of the seed and the step
+(dropout also of the process), so that no generator has to be saved.
 
 In the code `s` is the Settings, which say what experiment it is, and `args` has the other options:
 where its text comes from (text, order, sentences), and how it is computed (device, save_every).
@@ -133,6 +133,7 @@ def make_corpus(args, tokeniser, s):
     original, derived, counterpart = array("q"), array("q"), array("q")
     for index, sentence in enumerate(tqdm(read_sentences(args), "sentences tokenised")):
         ids = tokeniser.encode_sentence(sentence)
+        # Were a sentence told in both languages, the text alone would show which words correspond.
         if index // BLOCK % 2 == 0:
             original.extend(ids)
         else:
@@ -178,11 +179,11 @@ def pair_starts(corpus, size):
     """Where pairs of texts of `size` ids may begin: at the start of a sentence, if at most two ids
     at the end belong to a sentence that is cut, or as few as there can be. Under T_inv the first
     words of a sentence correspond to its last, and so a cut sentence lacks its counterpart."""
-    ends = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
-    starts = ends[ends + size <= len(corpus.derived)]  # A sentence starts where one ends.
-    # The last end of a sentence within such a text, and how many of its ids come after that. If
-    # sentences end at 10, 18 and 33, a text of 15 ids from 0 has 5 cut ids, and one from 18 none.
-    last_end = ends[np.searchsorted(ends, starts + size, "right") - 1]
+    borders = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
+    starts = borders[borders + size <= len(corpus.derived)]
+    # The last border within such a text, and how many of its ids come after that. If sentences end
+    # at 10, 18 and 33, a text of 15 ids from 0 has 5 cut ids, and one from 18 none.
+    last_end = borders[np.searchsorted(borders, starts + size, "right") - 1]
     cut = starts + size - last_end
     return starts[cut <= max(2, cut.min())]
 
@@ -222,10 +223,10 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
-            update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's way
+            direction = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's way
             p.mul_(1 - group["lr"] * group["weight_decay"])
             # The factor keeps what comes out of a tall matrix as large as out of a square one.
-            p.sub_(update, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+            p.sub_(direction, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 def orthogonal(matrix):
     """Nearly U V^T of a matrix U S V^T, by five Newton-Schulz iterations, in the matrix's type:
@@ -364,20 +365,24 @@ def subword_table(subwords, s):
 def run(folder, s, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
     path = folder / "settings.json"
-    finished = is_finished(folder)
     source = {"text": args.text, "order": args.order, "sentences": args.sentences}
-    # settings.json has all three. A finished run is known by settings and source, the names of its
-    # files, which may be gone; an unfinished one by settings and content, as files may have moved.
-    text = {"source": source} if finished else {"content": content_hash(args)}
-    record = {"settings": asdict(s), **text}
-    if path.exists() and not record.items() <= json.loads(path.read_text()).items():
-        raise ValueError(f"{path}: has other settings or text; give another folder")
+    record = {"settings": asdict(s), "source": source}
+    # A finished run is known by the names of its files, which may be gone; an unfinished one by
+    # their content, as they may have moved.
+    finished = is_finished(folder)
+    if not finished:
+        record["content"] = content_hash(args)
+    if path.exists():
+        saved = json.loads(path.read_text())
+        for key in ("settings", "source" if finished else "content"):
+            if saved[key] != record[key]:
+                raise ValueError(f"{path}: has other settings or text; give another folder")
     if finished:
         return
     data = prepare(args, s, folder.parent)
     if RANK == 0:
         folder.mkdir(exist_ok=True)
-        write_file(path, json.dumps({**record, "source": source}, indent=2).encode())
+        write_file(path, json.dumps(record, indent=2).encode())
     trained = pretrain(Corpus(**np.load(data / "ids.npz")), s, folder, args)
     if RANK == 0:
         # With these the run can do without the data, and be moved.

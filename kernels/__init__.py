@@ -15,7 +15,7 @@ def fused(weight):
         return False
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    # A tile of masked_lm has 16 columns or more. A program of the alignment holds whole rows.
+    # The tiles of masked_lm have at least 16 columns; a program of the alignment holds whole rows.
     if weight.shape[1] % 16 or weight.shape[1] > 1024:
         return False
     # Triton launches on the current device.

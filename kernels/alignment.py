@@ -7,9 +7,10 @@ With u_i = E_i / |E_i|, a pair (i, j) has the loss -u_i . u_j / K and the gradie
 Plain PyTorch makes a (K, D) matrix for every factor of these, and so passes over memory many times.
 Here each of K programs reads the two rows of its pair, 2 D values, and writes both gradients.
 
-In Triton all programs run the same function, and `program_id` is the number of each. A load reads
-the vector at a pointer plus offsets; where its mask is False it touches nothing and gives `other`.
-What is `constexpr` is known when the function is compiled.
+In Triton `kernel[(K,)](...)` starts K programs, which all run one function; `program_id` is the
+number of each. A tensor comes as a pointer to its first entry. A load reads the vector at a pointer
+plus offsets; where its mask is False it touches nothing and gives `other`. What is `constexpr` is
+known when the function is compiled.
 """
 
 import torch
@@ -69,16 +70,16 @@ def alignment(weight: Tensor, pairs: Tensor, with_grad: bool) -> tuple[Tensor, T
                            WITH_GRAD=with_grad, num_warps=max(1, block // 512))  # fmt: skip
     return losses.mean(), gradient
 
-@alignment.register_fake
+@alignment.register_fake  # For torch.compile: the results' shapes and types alone.
 def _(weight, pairs, with_grad):
     loss = weight.new_empty((), dtype=torch.float32)
     return loss, weight.new_empty(weight.shape if with_grad else 0)
 
 class GradientsInForward(torch.autograd.Function):
-    """A loss whose operator makes its gradients too, for an upstream gradient of 1."""
+    """A loss whose operator makes its gradients too; the backward only scales them."""
     @staticmethod
     def forward(ctx, operator, *inputs):
-        loss, *gradients = operator(*inputs, True)
+        loss, *gradients = operator(*inputs, with_grad=True)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -93,4 +94,4 @@ def call_operator(operator, *inputs):
     inputs = [tensor.contiguous() for tensor in inputs]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return GradientsInForward.apply(operator, *inputs)
-    return operator(*inputs, False)[0]
+    return operator(*inputs, with_grad=False)[0]

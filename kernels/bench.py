@@ -6,7 +6,7 @@ A shape of mlm is N x D x V: rows, all with a label, width, vocabulary; of align
 step is a training step of this project and of transformers. GPUs compute in bf16, but the alignment
 in fp32; CPUs in fp32. Contestants take turns, so that a busy machine is busy for all. Extra memory
 is the most that forward and backward allocate. The error is the largest relative one of the loss
-and the gradients against float64; the floors, which are bare products or copies, have none.
+and the gradients against float64; for the floors, which are bare products or copies, it says 0.
 """
 
 import argparse
@@ -113,14 +113,14 @@ def alignment_contest(K, D, V):
 def step_contest():
     """L_MLM by AdamW on random tokens, from the same weights; the error is that of the loss."""
     from transformers import RobertaForMaskedLM  # needed by this contest alone
-    name, batch, V = ("paper", 32, 80_000) if CUDA else ("small", 16, 16_000)
-    s = alignmlm.preset(name, objective="mlm", batch=batch, vocab_size=V, mask_share=0.15,
+    name, rows, V = ("paper", 32, 80_000) if CUDA else ("small", 16, 16_000)
+    s = alignmlm.preset(name, objective="mlm", batch=rows, vocab_size=V, mask_share=0.15,
                         dropout=0.0)  # fmt: skip
     rng = np.random.default_rng(0)
     tokens = rng.integers(alignmlm.SPECIALS, s.vocab_size, (s.batch, s.positions))
     zeros = np.zeros_like(tokens)
-    masked = alignmlm.mask_tokens(tokens, s, rng)
-    batch = alignmlm.Batch(*masked, zeros, zeros + np.arange(s.positions))
+    places = zeros + np.arange(s.positions)
+    batch = alignmlm.Batch(*alignmlm.mask_tokens(tokens, s, rng), zeros, places)
     batch = batch.to(torch.get_default_device())
     # transformers ignores what has the label -100, but only after its vocabulary projection.
     targets = torch.full_like(batch.tokens, -100).scatter_(1, batch.masked, batch.labels)
@@ -193,18 +193,15 @@ def main():
     option = parser.add_argument
     option("--shapes", nargs="+", default=SIZES.split(), help="mlm:NxDxV align:KxDxV step")
     option("--peers", nargs="+", help="contestants by their names in the table (all)")
-    option("--minutes", type=float, default=10.0, help="after which no shape is begun")
     option("--repeats", type=int, default=9, help="turns of each contestant")
     options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
     torch.set_default_device("cuda" if CUDA else "cpu")
     device = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
     print(device, torch.__version__, "\n")
     print("| shape | contestant | fastest ms | median | slowest | extra MiB | error |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for shape in options.shapes:
-        if time.monotonic() < deadline:
-            measure(shape, options.peers, options.repeats)
+        measure(shape, options.peers, options.repeats)
 
 if __name__ == "__main__":
     main()

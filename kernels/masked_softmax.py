@@ -21,17 +21,17 @@ A row's factor moves out of a product, and so p itself is never normalised:
 A softmax subtracts each row's maximum, which is known only with the row's last logit, and so passes
 over the logits twice. Without a maximum once is enough: exp_kernel takes the exponentials as the
 logits leave their product, and p is dropped when its chunk has been through the other two products.
-Every number is summed by one program in one order, and so has the same bits on every run.
+In the kernels every sum is made by one program in one order, and so has the same bits on every run.
 
-What it saves. Eager PyTorch holds the logits, their log-softmax and its gradient: 6 N V bytes in
-bf16, 4.7 GB at the paper's N = 9,856, V = 80,000. Here p takes 0.5 GB, whatever N is, and the sum
-of the chunks' dweight in fp32 4 V D bytes, 0.16 GB at D = 512.
+What it saves. At the paper's N = 9,856, V = 80,000, D = 512 eager PyTorch holds the logits, their
+log-softmax and its gradient, 4.7 GB in bf16. Here p takes 0.5 GB, whatever N is, and the sum of the
+chunks' dweight in fp32 0.16 GB.
 
-Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88. Most rows have their largest logit within 60 of 0,
-and need nothing. Upwards: e^60, summed over 2^20 words (e^14) and times values up to a million
-(e^14), stays below e^88. Downwards: where the largest exponential of a row is e^-60, a word that
-underflows is less than e^-27 of it, and 2^20 of them are less than 2e-6. All other rows are
-repaired: exp_kernel runs again, for blocks with such a row, and subtracts the row's maximum.
+Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88. Most rows have their largest logit within 60 of 0.
+Upwards: e^60, summed over 2^20 words (e^14) and times entries of weight up to a million (e^14),
+stays below e^88. Downwards: where the largest exponential of a row is e^-60, a word that underflows
+is less than e^-27 of it, and 2^20 of them are less than 2e-6. All other rows, with exponentials of
+infinity or 0, are repaired: exp_kernel runs again for their blocks and subtracts the row's maximum.
 
 What came before: gradients made in the forward, by chunks (Liger Kernel, arXiv 2410.10989); no
 logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials that are
@@ -51,7 +51,7 @@ REACH = 60.0
 GPU_CHUNK = 1 << 28  # entries of p at a time; every further chunk reads and writes dweight again
 CPU_CHUNK = 1 << 24  # logits at a time, as measured (results/kernels.md)
 SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tests check it
-COLUMNS = 16  # columns of the narrowest product that tensor cores take; dbias is computed as one
+COLUMNS = 16  # of the narrowest product that tensor cores take; dbias is computed as such a one
 
 def masked_lm_plain(hidden, weight, bias, labels):
     """The loss in plain PyTorch, by chunks of rows where that loses nothing."""
@@ -67,32 +67,33 @@ def masked_lm_plain(hidden, weight, bias, labels):
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 @jit
-def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D: constexpr,
+def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, row_maxima, D: constexpr,
                BLOCK_N: constexpr, BLOCK_V: constexpr, BLOCK_D: constexpr, WITH_GRAD: constexpr,
                REPAIR: constexpr):  # fmt: skip
-    """p (N, V) = exp(hidden weight^T + bias - reference), but 0 at the labels, tile by tile.
+    """p (N, V) = exp(hidden weight^T + bias), but 0 at the labels, tile by tile. With REPAIR
+    row_maxima (N,) are subtracted from the logits first.
 
-    hidden (N, D), weight (V, D) and p are descriptors; bias (V,), labels (N,), reference (N,). Also
-    the maxima of the logits and the sums of p, row by row of each tile: peaks, sums (V tiles, N).
-    """
+    hidden (N, D), weight (V, D) and p are descriptors, a matrix and the shape of its tiles: load
+    and store take the row and column where a tile begins, and what lies beyond the matrix is zero
+    and is not stored. bias (V,), labels (N,). Each row of a tile leaves the maximum of its logits
+    in peaks and its sum of p in sums, both (blocks of V, N)."""
     # As many programs as there are multiprocessors take tile after tile. `flatten` makes one loop
-    # of this one and that over d, so that the next tile's loads are under way while exponentials
-    # are taken. Blocks of rows vary fastest: a tile of weight is read once, hidden stays in L2.
+    # of this one and that over d, if no `if` is between them: the next tile's loads are under way
+    # while exponentials are taken. Rows vary fastest: weight is read once, hidden stays in L2.
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not REPAIR):
         n0 = t % row_blocks * BLOCK_N
-        tile = t // row_blocks
-        v0 = tile * BLOCK_V
+        block = t // row_blocks  # of columns
+        v0 = block * BLOCK_V
         n = n0 + tl.arange(0, BLOCK_N)
         needed = True
         if REPAIR:
-            base = tl.load(reference + n, mask=n < N, other=0.0)  # (BLOCK_N,)
-            needed = tl.max((base != 0).to(tl.int32), axis=0) != 0
+            row_max = tl.load(row_maxima + n, mask=n < N, other=0.0)  # (BLOCK_N,)
+            needed = tl.max((row_max != 0).to(tl.int32), axis=0) != 0
         if needed:
-            # Descriptors load tiles by TMA, and zeros beyond the last row. A product in fp32 is
-            # made of three in tf32, to be exact; for half types the precision means nothing.
+            # In fp32 three products in tf32 make an exact one. For half types this does nothing.
             logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             for d in range(0, D, BLOCK_D):
                 h = hidden.load([n0, d])  # (BLOCK_N, BLOCK_D)
@@ -102,42 +103,43 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, reference, D:
             b = tl.load(bias + v0 + column, mask=v0 + column < V, other=float("-inf"))
             logits += b.to(tl.float32)[None, :]
             if REPAIR:
-                logits -= base[:, None]
+                logits -= row_max[:, None]
             else:
-                tl.store(peaks + tile * N + n, tl.max(logits, axis=1), mask=n < N)
+                tl.store(peaks + block * N + n, tl.max(logits, axis=1), mask=n < N)
             label = (tl.load(labels + n, mask=n < N, other=-1) - v0).to(tl.int32)
             is_label = column[None, :] == label[:, None]
             # The GPU's own instruction is exp2; e^x is 2 to the x log2(e).
             exps = tl.where(is_label, 0.0, tl.exp2(logits * 1.4426950408889634))
-            tl.store(sums + tile * N + n, tl.sum(exps, axis=1), mask=n < N)
+            tl.store(sums + block * N + n, tl.sum(exps, axis=1), mask=n < N)
             if WITH_GRAD:
                 p.store([n0, v0], exps.to(p.dtype))
 
 @jit
-def weight_grad_kernel(p, scaled, scales, dweight, dbias, N, V, D: constexpr, BLOCK_V: constexpr,
-                       BLOCK_D: constexpr, BLOCK_N: constexpr, FIRST: constexpr,
+def weight_grad_kernel(p, scaled, scale_columns, dweight, dbias, N, V, D: constexpr,
+                       BLOCK_V: constexpr, BLOCK_D: constexpr, BLOCK_N: constexpr, FIRST: constexpr,
                        COLUMNS: constexpr = COLUMNS):  # fmt: skip
     """Tiles of dweight (V, D) += p^T (scale * hidden) and of dbias (V,) += p^T scale, in fp32.
 
     p (N, V) and scaled (N, D + 16) are of one chunk of rows; the FIRST writes over dweight and
     dbias. The first D columns of scaled are scale * hidden, and each of the last 16 is scale;
-    `scales` is the same matrix for loading these.
+    scale_columns is the same matrix with narrower tiles, for loading these.
     """
     d = tl.program_id(0) * BLOCK_D  # fastest: neighbours share tiles of p
     v0 = tl.program_id(1) * BLOCK_V
     grad = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
     if d == 0:
-        # A product has 16 columns or more, and so dbias is one with 16 columns of scale.
+        # Only the programs of the first columns make dbias: a product with 16 columns of scale.
         grad_bias = tl.zeros((BLOCK_V, COLUMNS), tl.float32)
         for n in range(0, N, BLOCK_N):
             p_tile = p.load([n, v0]).T  # (BLOCK_V, BLOCK_N)
             grad = tl.dot(p_tile, scaled.load([n, d]), grad, input_precision="tf32x3")
-            grad_bias = tl.dot(p_tile, scales.load([n, D]), grad_bias, input_precision="tf32x3")
+            scale = scale_columns.load([n, D])  # (BLOCK_N, COLUMNS)
+            grad_bias = tl.dot(p_tile, scale, grad_bias, input_precision="tf32x3")
         v = v0 + tl.arange(0, BLOCK_V)
-        column = tl.max(grad_bias, axis=1)  # any of the equal ones
+        total = tl.max(grad_bias, axis=1)  # any of the equal columns
         if not FIRST:
-            column += tl.load(dbias + v, mask=v < V, other=0.0)
-        tl.store(dbias + v, column, mask=v < V)
+            total += tl.load(dbias + v, mask=v < V, other=0.0)
+        tl.store(dbias + v, total, mask=v < V)
     else:
         for n in range(0, N, BLOCK_N):
             grad = tl.dot(p.load([n, v0]).T, scaled.load([n, d]), grad, input_precision="tf32x3")
@@ -152,14 +154,12 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     """The loss (fp32) and its gradients in the inputs' types, or empty ones if not wanted."""
     (N, D), V = hidden.shape, len(weight)
     device = torch.cuda.get_device_properties(weight.device)
-    # A program sums a tile of tall x wide numbers, of N x V in exp_kernel, of V x D after it, over
-    # steps of `deep`. 128 x 256 is what the registers of 8 warps hold on Hopper, but would spill on
-    # Blackwell. The exponentials of fp16 are kept in bf16: they need the range of fp32.
-    p_dtype, tall, wide, deep = torch.bfloat16, 128, 128, 64
-    if device.major == 9:
-        wide = 256
+    # exp_kernel sums tiles of N x V, weight_grad_kernel of V x D, each tall x wide, `deep` at a
+    # time. 128 x 256 is what the registers of 8 warps hold on Hopper; on Blackwell it would spill.
     if weight.dtype == torch.float32:
         p_dtype, tall, wide, deep = torch.float32, 64, 64, 32
+    else:  # of fp16 too, whose exponentials need the range of fp32
+        p_dtype, tall, wide, deep = torch.bfloat16, 128, 256 if device.major == 9 else 128, 64
     deep_D, wide_D = math.gcd(D, deep), math.gcd(D, wide)  # Tiles must divide D.
     # TMA wants matrices and their rows to start at multiples of 16 bytes; views start anywhere.
     hidden, weight = (t.clone() if t.data_ptr() % 16 else t for t in (hidden, weight))
@@ -177,16 +177,16 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
         h, label = hidden[chunk], labels[chunk]
         n, p = len(h), buffer[: len(h)]
         peaks, sums = new(2, triton.cdiv(V, wide), n)
-        exponentials = partial(
+        take_exponentials = partial(
             exp_kernel[(device.multi_processor_count,)], tiled(h, [tall, deep_D]),
             tiled(weight, [wide, deep_D]), bias, label, tiled(p, [tall, wide]), peaks, sums, n, V,
             D=D, BLOCK_N=tall, BLOCK_V=wide, BLOCK_D=deep_D, WITH_GRAD=with_grad,
             num_warps=8)  # fmt: skip
-        exponentials(reference=None, REPAIR=False)
+        take_exponentials(row_maxima=None, REPAIR=False)
         # Each row's maximum (n,), or 0 within reach. The repair skips blocks of zeros alone.
-        reference = F.hardshrink(peaks.amax(0), REACH)
-        exponentials(reference=reference, REPAIR=True)
-        label_logit, others = label_logits[chunk] - reference, sums.sum(0)  # (n,) each
+        row_maxima = F.hardshrink(peaks.amax(0), REACH)
+        take_exponentials(row_maxima=row_maxima, REPAIR=True)
+        label_logit, others = label_logits[chunk] - row_maxima, sums.sum(0)  # (n,) each
         total = others + label_logit.exp()
         losses[chunk] = total.log() - label_logit
         if with_grad:
@@ -203,8 +203,8 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
                 tiled(scaled, [deep, COLUMNS]), tiled(dweight, [tall, wide_D]), dbias, n, V, D,
                 BLOCK_V=tall, BLOCK_D=wide_D, BLOCK_N=deep, FIRST=start == 0,
                 num_warps=8)  # fmt: skip
-    # Nothing may refer to p's memory any longer when dweight is copied to its own type.
-    del p, buffer, exponentials
+    # p is freed before dweight is copied to its own type. The launch holds it, too.
+    del p, buffer, take_exponentials
     if with_grad:
         # The label's entry is as large as all others of its row together, and bf16 rounds it to 8
         # bits. While rows are alike, as when training begins, all of them err to one side. So what

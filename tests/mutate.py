@@ -58,8 +58,8 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ("synth_lang.py", "chr(0x2800 + byte)", "chr(0x2800 + byte % 128)"),
     ("kernels/alignment.py", "gradient + j * D + d, (cosine * unit_j - unit_i)", "gradient + j * D + d, (cosine * unit_j + unit_i)"),
     ("kernels/alignment.py", "tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-16)", "tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-2)"),
-    ("kernels/masked_softmax.py", "label_logits[chunk] - reference, sums", "label_logits[chunk], sums"),
-    ("kernels/masked_softmax.py", "column += tl.load(dbias + v", "column = tl.load(dbias + v"),
+    ("kernels/masked_softmax.py", "label_logits[chunk] - row_maxima, sums", "label_logits[chunk], sums"),
+    ("kernels/masked_softmax.py", "total += tl.load(dbias + v", "total = tl.load(dbias + v"),
     ("kernels/masked_softmax.py", "rounded_off[chunk] = scale * (-others - entry)", "rounded_off[chunk] = 0.0"),
 ]
 
