@@ -4,15 +4,15 @@
     python eval.py grid --out runs/tiny   many runs side by side, and the report of them
     python eval.py report runs/tiny       tables, figures and results.json of finished runs
 
-The measures are the paper's, in percent:
+The measures, in percent; all but BZ rotated are the paper's:
 
     source      fine-tuned and tested on the original language
     BS          bilingual supervised: fine-tuned and tested on the derived language
     BZ          bilingual zero-shot: fine-tuned on the original, tested on the derived language
     Delta       BZ - BS, below zero by what zero-shot costs
     BZ rotated  BZ once the rotation that fits D best has turned the fine-tuned model's derived
-                words onto the original ones (`alignmlm.rotate`), also with their language
-                embedding; nothing more is trained
+                words onto the original ones, whose language embedding they get
+                (`alignmlm.rotate`); nothing more is trained
     alignment   the share of original words whose nearest derived word is their counterpart
 """
 
@@ -171,7 +171,8 @@ def evidence(pair):
 def read_examples(tasks, args):
     """The examples of each task: those to learn from, and those to test on.
 
-    They are read before anything is trained, so that a bad file is refused at once."""
+    They are read before anything is trained, so that a file which cannot be read is refused at
+    once. A label that only the test has is a matter of `evaluate`."""
     if len(args.train) != len(args.test) or len(args.train) not in (0, len(tasks)):
         raise ValueError("--train, --test: give one file of each for each task, or none")
     examples = {}
@@ -241,8 +242,8 @@ def fine_tune(model, rows, labels, epochs):
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
-    # It is AdamW that fine-tunes, as in the paper, also what Muon has pre-trained. The rate rises
-    # in the first tenth of the steps and then falls to zero.
+    # Fine-tuning always uses AdamW, as in the paper, even after Muon. The rate rises in the first
+    # tenth of the steps and then falls to zero.
     tuning = replace(s, optimizer="adamw", rate=s.tune_rate,
                      steps=steps, warmup=steps // 10, decay_share=1.0)  # fmt: skip
     optimizers = train.make_optimizers(tagger, tuning)
@@ -414,11 +415,11 @@ def draw_words(folder, runs, path):
         # SentencePiece orders ids by frequency. Some of these are single letters. Both languages
         # are put on one plane, so that what parts them can be seen.
         both = torch.cat([words[:30] for words in words_of_both(model)]).detach()  # (60, D)
-        x, y = PCA(2).fit_transform(both).T.reshape(2, 2, 30)  # (2 languages, 30 words) each
-        # A column is a pair, and so this draws a line for each.
-        axis.plot(x, y, color="0.8")
-        axis.plot(x[0], y[0], "o", label="original")
-        axis.plot(x[1], y[1], "x", label="derived")
+        original, derived = np.split(PCA(2).fit_transform(both), 2)  # (30, 2) each
+        for pair in zip(original, derived, strict=True):
+            axis.plot(*np.transpose(pair), color="0.8")
+        axis.plot(*original.T, "o", label="original")
+        axis.plot(*derived.T, "x", label="derived")
         axis.set_title(title)
     axes[-1].legend()
     figure.savefig(path)
@@ -474,7 +475,7 @@ def run_cell(folder, s, examples, args):
 def grid(args):
     """Run every cell that is not finished, and report."""
     variants = read_variants(args.vary)
-    # A bad file is refused here, before hours of training.
+    # A file that cannot be read is refused here, before hours of training.
     examples = read_examples(args.tasks, args)
     jobs = []
     for suffix, transform, objective, seed in product(

@@ -64,12 +64,11 @@ class Inference:
 def parse_table(table, columns):
     return [line.split(maxsplit=columns - 1) for line in table.strip().splitlines()]
 
-# A phrase is drawn from options, such as "person noun*2 | he", where the whole first one is drawn
-# twice as often. An option is a list of names. The first one says what the top word of the phrase
-# is: a phrase, of which an option is drawn in its turn, a class of words, or "PART:to", a word and
-# its tag. All names together say which dependents it may have: those of their rows in DEPENDENTS.
-# Some names, such as `subject` and `tense`, are nothing but names of such rows. In "person noun"
-# the top word is of the class `person`, and `noun` names eight rows.
+# A phrase is one of its options, drawn by their weights: of "person noun*2 | he" the first option
+# is twice as likely. An option is a list of names. Its first name gives the top word: it is another
+# phrase, to be drawn in turn, or a class of words, or a word with its tag, "PART:to". Every name
+# brings the dependents in its rows of DEPENDENTS; `subject`, `tense` and others do only this. In
+# "person noun" the top word is of the class `person`, and `noun` has eight rows.
 #
 # "the old dog hardly sings ." comes about like this:
 #     sentence    -> finite aside end -> verb subject tense adverbials aside end -> act subject ...
@@ -100,6 +99,7 @@ PHRASES = dict(parse_table("""
 # what sets a number stands before what agrees with it.
 # As an example, "noun 0.44 [ det agrees determiner" says that 44 in 100 nouns have a determiner, in
 # front of what they have by then, with the relation `det`, and plural if the noun is.
+#   name        chance  place   relation      flags         options
 DEPENDENTS = parse_table("""
     affect      1     ]]]]][  obj           -             object
     give        0.3   >       iobj          -             person noun*2 | him
@@ -175,8 +175,8 @@ CLOSED_CLASSES = dict(parse_table("""
 """, columns=2))
 # The words of an open class are made of syllables. The columns are the tag, the number of words in
 # a topic, their stems, and the endings of their forms, where `-` is none. Classes with one name for
-# their stems share them: what one does with a hammer is to hammer. Participles share theirs with no
-# verb. The forms of a noun are its two numbers, those of a verb are -s, base, -ed and -ing.
+# their stems share them: what one does with a hammer is to hammer. Those called `affect` are of the
+# participles alone. The forms of a noun are its two numbers, those of a verb -s, base, -ed, -ing.
 OPEN_CLASSES = dict(parse_table("""
     person        NOUN  8   person     - s
     thing         NOUN  10  thing      - s
@@ -220,7 +220,7 @@ class Node:
     depth: int  # of phrases within phrases
     plural: bool
     forms: list  # of which one is chosen when its dependents are known
-    favourite: int  # added to its dependents' ranks, so that it has frequent ones of its own
+    favourite: int  # added to its dependents' ranks, so that it prefers words of its own
     form: int = BY_NUMBER  # the place in `forms`
     entity: str = "O"
 
@@ -255,15 +255,15 @@ def make_word(rng, topic, name, deprel, head, flags):  # Returns the top word of
     if name in OPEN_CLASSES:
         upos, size, *_ = OPEN_CLASSES[name].split()
         rank = zipf(rng, int(size))
-        # Rank 0 is the likeliest. With the head's favourite added, which starts again at 0 beyond
-        # the last rank, another word is, the same one whenever the head is. The topic mostly stays.
+        # Rank 0 is the likeliest. Adding the head's favourite, modulo the number of words, makes
+        # another word so, always the same one for one head. The topic mostly stays.
         if rng.random() < 0.6:
             rank += head.favourite
         if rng.random() < 0.15:
             topic = rng.randrange(TOPICS)
         forms, favourite = open_word(name, topic, rank % int(size))
     else:
-        # A name that is no class is "ADP:of", the only word of its own.
+        # A name that is no class, such as "ADP:of", counts as a class of this one word.
         upos, _, words = CLOSED_CLASSES.get(name, name).partition(":")
         # Most classes have no stroke and one list, which is the first and the last.
         words = words.split("|")[-1 if plural else 0].split()
@@ -294,13 +294,13 @@ def make_phrase(rng, topic, options, deprel, head, flags=""):
             nodes[at:at] = phrase
             if "repeats" not in flags_below:
                 break
-    # A proper noun is one entity with all of its phrase but what joins that to the rest. Its class
-    # has the name of its type, or begins with it as ORG-of.
+    # A proper noun's phrase is one entity, without the adposition, conjunction or comma that joins
+    # it to others. Its class has the name of its type, or begins with it as ORG-of.
     kind = top.name[:3]
     if kind in ("PER", "LOC", "ORG"):
         prefix = "B-"
         for node in nodes:
-            if node.head is not top or node.deprel not in ("case", "cc", "punct"):
+            if not (node.head is top and node.deprel in ("case", "cc", "punct")):
                 node.entity = prefix + kind
                 prefix = "I-"
     # What this word does to its head: a verb has the number of its subject, what is counted is
@@ -310,7 +310,8 @@ def make_phrase(rng, topic, options, deprel, head, flags=""):
         head.plural = top.plural
     if deprel == "nummod":
         head.plural = True
-    head.form = VERB_FORMS.get(top.name, head.form)
+    if top.name in VERB_FORMS:
+        head.form = VERB_FORMS[top.name]
     # Its dependents have done the same to this word, and so its own form can be chosen only now. A
     # verb without an auxiliary is present or past.
     if top.form == BY_NUMBER:
@@ -337,7 +338,8 @@ def make_sentence(nodes):
 def generate(n, seed=0):
     """`n` random sentences of the built-in language: words, tags, trees, entities.
 
-    The same (n, seed) gives the same in any process; another seed, others of the same language.
+    The same (n, seed) gives the same sentences in any process; another seed gives others of the
+    same language.
     """
     rng = random.Random(seed)
     for _ in range(n):
@@ -356,8 +358,8 @@ def generate_inferences(n, seed=0):
         contradiction   the adverb becomes a negation, "never chase", or a negation an adverb
 
     One premise in seven has a negation, and so a hypothesis with one is likely a contradiction, as
-    in natural corpora. Of 6,000 pairs naive Bayes learns to tell the label of 62 in 100 others by
-    the hypothesis, of 90 if it also knows which words the premise lacks.
+    in natural corpora. Naive Bayes learns from 6,000 pairs to tell the labels of others: 62 in
+    100 by the hypothesis alone, 90 if it also knows which words the premise lacks.
     """
     rng = random.Random(f"inference {seed}")
     for number in range(n):
@@ -462,8 +464,9 @@ def permuted_order(sentence, seed, index, **context):
 # nouns and verbs in the order of another language. Its model is simpler, as it only counts pairs.
 # Under a noun, how often did an adjective that is an `amod` come before the noun itself? That is
 # the count of "NOUN amod/ADJ head/NOUN". The same is counted without tags, "NOUN amod head".
-# A language to imitate without a treebank, subject, object, verb: heads and dependents from left to
-# right. Adjectives come after nouns, and there are postpositions.
+
+# The order that is imitated without a treebank: subject, object, verb; adjectives after nouns, and
+# postpositions. From left to right:
 SOV_FAMILIES = {
     "VERB": "discourse vocative advcl nsubj obl iobj obj ccomp xcomp advmod head aux mark conj cc",
     "NOUN": "cc advmod advcl nsubj obl acl det nmod compound head flat amod nummod case cop aux"
@@ -529,7 +532,7 @@ def syntax_order(sentence, order, **context):
     """The dependents of nouns and verbs in the order of the model's language: order is from
     `learn_order`, or SOV. A subtree moves as a whole, and one with gaps is drawn together.
     Punctuation keeps its place in its family, so that a final '.' stays final. Raises InputError
-    for a sentence without tags or trees."""
+    for a sentence without tags or trees, which `families` finds."""
     # place_in[head, word] is the place that a word gets in the family of a head, out of those that
     # the family has now. "red house" has 0 and 1: if adjectives follow nouns, place_in[1, 1] is 0
     # and place_in[1, 0] is 1. A word that keeps its place may be left out.
@@ -538,20 +541,20 @@ def syntax_order(sentence, order, **context):
         for place, word in zip(family, arrange(order, kind, family), strict=True):
             place_in[head, word] = place
 
-    # Returns a word's places in the families from the root's down to its own: those of the words on
-    # the way, each in the family of its head, and last the word's own in the family that it heads.
+    # Returns the places of the words on the way from the root down to this one, each in the family
+    # of its head, and last the word's place in the family that it heads itself.
     def sort_key(word):
         key = [place_in.get((word, word), word)]
-        # The root's head, 0 in CoNLL-U, is -1 here. A cycle, which no reader accepts, has no end.
+        # The root's head, 0 in CoNLL-U, is -1 here. In a cycle, which readers refuse, it ends too.
         while word >= 0 and len(key) <= len(sentence.heads):
             head = sentence.heads[word] - 1
             key.append(place_in.get((head, word), word))
             word = head
         return key[::-1]
 
-    # Two lists are compared where they first differ. For two words that is in the smallest family
-    # that both are below, and so whole subtrees are put in order. In "red house fell" the keys of
-    # "red" and "house" both have the place of "house" beside "fell", and then differ.
+    # Lists are compared by the first entries that differ. For two words these are of the smallest
+    # family that both are below, and so whole subtrees are put in order. In "red house fell" the
+    # keys of "red" and "house" both have the place of "house" beside "fell", and then differ.
     return sorted(range(len(sentence.words)), key=sort_key)
 
 # A new transformation that moves words is a row here and a function, (sentence, **context) to
@@ -581,7 +584,7 @@ def transform(sentence, names, seed=0, index=0, order=SOV):
     steps = []
     for name in names:
         places = TRANSFORMS[name].order_of(sentence, seed=seed, index=index, order=order)
-        # An entity may come apart, and so the tags of before are kept.
+        # An entity may come apart, and so the earlier tags are kept.
         steps.append((name, places, sentence.entities))
         sentence = reorder(sentence, places)
         sentence.words = list(map(TRANSFORMS[name].spell, sentence.words))
@@ -689,7 +692,7 @@ def parse_block(block):
             )
     where = block[0][0]  # the first line
     sentence = Sentence([row[1] for row in rows])
-    # Some treebanks come without the text that others own. A word may be `_`, but not all of them.
+    # Some treebanks come without their text, for copyright. A word may be `_`, but not all of them.
     if len(rows) > 1 and set(sentence.words) == {"_"}:
         raise InputError(f"{where}: the text has been taken out; get it from its publisher")
     for name, column in LABEL_COLUMNS.items():
@@ -708,11 +711,11 @@ def parse_heads(column, where):  # Returns heads as numbers. They must be a tree
     # Where the head is no number of a word, the word itself stands in for it: that is a cycle, and
     # refused like others.
     heads = [numbers.get(head, word) for word, head in enumerate(column, start=1)]
-    # From each word one step up to its head, then to the head of that, and so on. After as many
-    # steps as there are words all have reached 0, except in cycles and below them.
-    above = reached = np.array([0, *heads])
+    # From each word up to its head, then two steps up, then four, and so on. In the end all have
+    # reached 0, except in cycles and below them.
+    reached = np.array([0, *heads])
     for _ in heads:
-        reached = above[reached]
+        reached = reached[reached]
     if reached.any() or heads.count(0) != 1:
         raise InputError(
             f"{where}: no tree; let heads be numbers of words and lead to one, whose head is 0"
@@ -768,19 +771,18 @@ def tab_columns(lines):
 
 def bio_sentences(blocks):
     # What a column holds is a matter of the file and not of a row, where a number may be a word. A
-    # hundred sentences tell: their form is the one that finds most tags, or the first of equals. A
-    # column of nothing but `-` has no tags.
-    found = Counter()
+    # hundred sentences tell: the best form is the one that finds most tags, or the first of equals.
+    votes = Counter()
     for _, line in chain(*blocks[:100]):
         for form in BIO_ROWS:
             row = regex.fullmatch(form, line)
             if row and row[2] != "-" and not line.startswith("#"):
-                found[form] += 1
-    form = max(BIO_ROWS, key=lambda form: found[form])
+                votes[form] += 1
+    best = max(BIO_ROWS, key=lambda form: votes[form])
     for block in blocks:
         words, tags = [], []
         for where, line in block:
-            row = regex.fullmatch(form, line)
+            row = regex.fullmatch(best, line)
             if row:
                 words.append(row[1])
                 tags.append("O" if row[2] == "-" else row[2])
@@ -863,10 +865,8 @@ def read_inferences(path, language="en"):
 
 # ------------------------------------------------------------------------------ the command line
 # In a transformed CoNLL-U file MISC keeps what each word was before, its number, head and form as
-# in "Old=3:0:sings", so `restore` needs nothing beside the file: all columns of words come back.
-# Comments stay as they are, `# text` too, and DEPS keeps its old numbers. Multi-word tokens and
-# empty nodes do not come back: they are left out, as the words that they belong to may come apart.
-# LEMMA and other columns stay as they were, in the original spelling.
+# in "Old=3:0:sings", so `restore` needs nothing beside the file. LEMMA and other columns stay as
+# they were, in the original spelling, and so do comments. DEPS keeps its old numbers.
 # An entity tag stands in front, so that "_" becomes "Entity=B-PER|_|Old=3:0:sings".
 NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
@@ -912,7 +912,8 @@ def transform_file(args):
         else:
             yield " ".join(derived.words)
 
-# Words come back with all their columns. What does not is named above, at NOTE.
+# Words come back with all their columns, in the order of their old numbers. Multi-word tokens and
+# empty nodes do not: `transform` left them out, as the words that they belong to may come apart.
 def restore_file(args):
     for block in blocks_of(read_lines(args.file)):
         _, rows, comments = parse_block(block)
@@ -922,14 +923,13 @@ def restore_file(args):
                 where = block[0][0]
                 raise InputError(f"{where}: MISC without Old=; give a file that transform wrote")
             row[9], row[0], row[6], row[1] = note.groups()  # MISC, ID, HEAD, FORM
-        # The old numbers tell the old order.
         rows.sort(key=lambda row: int(row[0]))
         yield from [*comments, *map("\t".join, rows), ""]
 
 COMMANDS = {"generate": generate_file, "transform": transform_file, "restore": restore_file}
 
-# Writes lines to a file that takes its name when it is complete. Until then readers of the path see
-# what was there before.
+# Writes lines to a file that has another name until it is complete. Until then readers of the path
+# see what was there before.
 def write(path, lines):
     # Nothing takes the place of a device such as /dev/stdout.
     if path.exists() and not path.is_file():
@@ -964,7 +964,7 @@ def guarded(main):
         status, message = 2, f"{name}: {error.filename}: no such file; give another path"
     except (OSError, ValueError, ArithmeticError) as error:
         status, message = 2, f"{name}: {' '.join(str(error).split())}"
-    # With the except clause the error's frames have ended, and so has a progress bar in them, which
+    # Only after the except clause are the error's frames gone, and with them a progress bar, which
     # would write over the line.
     print(message, file=sys.stderr)
     sys.exit(status)

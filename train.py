@@ -6,9 +6,9 @@
 
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
-open. The same command again goes on from the last checkpoint, of a step that --save-every divides,
-on a CPU bit for bit the same: all that is random in a step is a function of the seed and the step
-(dropout also of the process), so that no generator has to be saved.
+open. The same command again goes on from the last checkpoint, which is made every --save-every
+steps (100), on a CPU bit for bit the same: all that is random in a step is a function of the seed
+and the step (dropout also of the process), so that no generator has to be saved.
 
 In the code `s` is the Settings, which say what experiment it is, and `args` has the other options:
 where its text comes from (text, order, sentences), and how it is computed (device, save_every).
@@ -344,7 +344,7 @@ def pretrain(corpus, s, folder, args):
             bar.set_postfix(line)
             lines.append(json.dumps(line) + "\n")
             write_file(log, "".join(lines).encode())
-            # A process that is killed while it writes leaves the checkpoint of before.
+            # A process that is killed while it writes leaves the previous checkpoint.
             state = all_state(model, optimizers) | {"done": torch.tensor(done)}
             write_file(checkpoint, save(state))
     return model
