@@ -178,7 +178,8 @@ def cut_rows(ids, starts, length, language):
 def pair_starts(corpus, size):
     """Where pairs of texts of `size` ids may begin: at the start of a sentence, if at most two ids
     at the end belong to a sentence that is cut, or as few as there can be. Under T_inv the first
-    words of a sentence correspond to its last, and so a cut sentence lacks its counterpart."""
+    words of a sentence correspond to its last, and so a cut sentence lacks its counterpart. Of all
+    these starts make_batch uses the first parallel_share."""
     borders = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
     starts = borders[borders + size <= len(corpus.derived)]
     # The last border within such a text, and how many of its ids come after that. If sentences end
