@@ -98,8 +98,8 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift, for `train.make_corpus` and `eval.make_rows`; only in files words are
-    spelled anew, by `synth_lang.transform`. Special ids stay, even UNK, which moves in the paper."""
+    """T_trans: i -> i + shift, for `train.make_corpus` and `eval.make_rows`; words are spelled anew
+    only in files, by `synth_lang.transform`. Special ids stay, even UNK, which the paper moves."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
