@@ -61,7 +61,7 @@ class Settings:
     warmup: int = 10_000  # steps in which the rate rises to its peak
     decay_share: float = 1.0  # the rate falls to 0 over this last share of the steps after warm-up
     batch: int = 128  # rows in a step
-    short_steps: int = 0  # so many first steps have shorter rows, of 32 tokens, and more of them
+    short_steps: int = 0  # how many of the first steps have more and shorter rows, of 32 tokens
     weight_decay: float = 0.01  # of matrices, embeddings included
     tune_epochs: int = 10  # epochs of fine-tuning
     tune_length: int = 128  # most tokens in a row of fine-tuning, if positions allows
@@ -82,7 +82,7 @@ class Settings:
             raise ValueError(f"give positions in multiples of {multiple}, mask_share {least} to 1")
 
     @property
-    def shift(self):  # V / 2, which T_trans adds to ids; 0 without: words are their counterparts
+    def shift(self):  # what T_trans adds to ids, V / 2; without it 0: words are their counterparts
         return self.vocab_size // 2 if "transliterate" in self.transform else 0
 
     @property

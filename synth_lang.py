@@ -1,6 +1,6 @@
 """A synthetic language, and the transformations that derive a second language from any first one.
 
-ALIGN-MLM (Tang et al. 2022, arXiv 2211.08547) asks what makes a model multilingual with pairs of
+To ask what makes a model multilingual, ALIGN-MLM (Tang et al. 2022, arXiv 2211.08547) uses pairs of
 languages whose every difference is known: the second is *derived* from the first.
 
     transliterate   another script: a bijection of the words
@@ -64,7 +64,7 @@ class Inference:
 def parse_table(table, columns):
     return [line.split(maxsplit=columns - 1) for line in table.strip().splitlines()]
 
-# A phrase is one of its options, drawn by their weights: of "person noun*2 | he" the first option
+# A phrase is one of its options, drawn by their weights: of "2*person noun | he" the first option
 # is twice as likely. An option is a list of names. Its first name gives the top word: it is another
 # phrase, to be drawn in turn, or a class of words, or a word with its tag, "PART:to". Every name
 # brings the dependents in its rows of DEPENDENTS; `subject`, `tense` and others do only this. In
@@ -82,14 +82,14 @@ def parse_table(table, columns):
 # half of the tags, and the word itself predicts nine in ten. So words have several tags, and much
 # may be left out or stand elsewhere. Still order tells: in a reversed sentence neighbours mislead.
 PHRASES = dict(parse_table("""
-    sentence  finite aside end*9 | thing noun aside end
-    finite    verb subject tense adverbials*6 | adjective paired subject being adverbials
-    relative  verb tense adverbials as-subject*3 | act subject tense adverbials as-object*2
-    verb      affect*5 | act*4 | give*4 | say*2
-    agent     person noun*4 | thing noun*2 | he*4 | PER | ORG-of
-    object    thing noun*3 | idea noun*2 | person noun*2 | place noun | him*3 | PER | ORG | amount
-    setting   place noun*3 | thing noun*2 | idea noun | LOC*3 | him*2
-    known     person definite described*2 | thing definite described*2 | place definite described
+    sentence  9*finite aside end | thing noun aside end
+    finite    6*verb subject tense adverbials | adjective paired subject being adverbials
+    relative  3*verb tense adverbials as-subject | 2*act subject tense adverbials as-object
+    verb      5*affect | 4*act | 4*give | 2*say
+    agent     4*person noun | 2*thing noun | 4*he | PER | ORG-of
+    object    3*thing noun | 2*idea noun | 2*person noun | place noun | 3*him | PER | ORG | amount
+    setting   3*place noun | 2*thing noun | idea noun | 3*LOC | 2*him
+    known     2*person definite described | 2*thing definite described | place definite described
 """, columns=2))
 # A row gives a name's dependent: its chance, where it may stand, its relation, flags and options.
 # The place is drawn from the signs, of which some stand several times: `[` is before the whole
@@ -102,18 +102,18 @@ PHRASES = dict(parse_table("""
 #   name        chance  place   relation      flags         options
 DEPENDENTS = parse_table("""
     affect      1     ]]]]][  obj           -             object
-    give        0.3   >       iobj          -             person noun*2 | him
+    give        0.3   >       iobj          -             2*person noun | him
     give        1     ]]]]][  obj           -             object
     say         0.7   ]]]]][  ccomp         nests         finite | finite mark
     say         0.3   ]       xcomp         nests         give to adverbials | act to adverbials
     to          1     <       mark          -             PART:to
     paired      0.08  ]       conj          nests         adjective paired joined
     subject     0.88  [[[[>]  nsubj         -             agent
-    tense       0.4   [<<<<<  aux           agrees        modal*4 | have*3 | be*3 | do*3
+    tense       0.4   [<<<<<  aux           agrees        4*modal | 3*have | 3*be | 3*do
     being       0.85  [<<<<<  cop           agrees        be
     adverbials  0.08  <<>     advmod        -             negation
     adverbials  0.1   >]      compound:prt  -             particle
-    adverbials  0.24  [<>]    advmod        repeats       free*4 | manner degree*4 | fast
+    adverbials  0.24  [<>]    advmod        repeats       4*free | 4*manner degree | fast
     adverbials  0.3   [<>]    obl           repeats       setting case
     adverbials  0.07  []      advcl         nests         finite mark
     adverbials  0.12  ]       conj          nests         finite joined
@@ -121,10 +121,10 @@ DEPENDENTS = parse_table("""
     as-subject  1     [       nsubj         agrees        who
     as-object   0.6   [       obj           -             who
     noun        0.06  <       compound      -             thing
-    noun        0.3   [[]     amod          repeats       adjective paired degree*5 | participle
+    noun        0.3   [[]     amod          repeats       5*adjective paired degree | participle
     noun        0.06  [[]     nummod        -             number
     noun        0.44  [       det           agrees        determiner
-    noun        0.07  [       nmod:poss     -             his*2 | PER genitive
+    noun        0.07  [       nmod:poss     -             2*his | PER genitive
     noun        0.16  ]       nmod          nests         setting case
     noun        0.07  ]       conj          nests         object joined
     noun        0.1   ]       acl:relcl     nests,agrees  relative
@@ -143,12 +143,12 @@ DEPENDENTS = parse_table("""
     aside       0.04  ]       vocative      -             PER
     claim       1     [       nsubj         -             known
     claim       0.4   <       aux           agrees        have | be | do
-    claim       1     <       advmod        -             negation | manner*6
+    claim       1     <       advmod        -             negation | 6*manner
     claim       1     ]       obj           -             known
     claim       1     ]       punct         -             PUNCT:.
     definite    0.5   [       det           agrees        DET:the
     described   1     <       amod          -             adjective
-    end         1     ]       punct         -             PUNCT:.*6 | PUNCT:! | PUNCT:?
+    end         1     ]       punct         -             6*PUNCT:. | PUNCT:! | PUNCT:?
 """, columns=6)
 # The tag of a closed class and its words, frequent ones first, after a stroke those for a plural.
 CLOSED_CLASSES = dict(parse_table("""
@@ -230,7 +230,7 @@ ROOT = Node("", "", "", None, 0, 0, False, [], 0)  # the head of the top word
 def parse_options(text):  # Returns lists of names, each list as often as its weight says.
     options = []
     for option in text.split(" | "):
-        names, _, weight = option.partition("*")
+        weight, _, names = option.rpartition("*")
         options += [names.split()] * int(weight or 1)
     return options
 
@@ -283,16 +283,16 @@ def make_phrase(rng, topic, options, deprel, head, flags=""):
         names = rng.choice(parse_options(PHRASES[names[0]])) + names[1:]
     top = make_word(rng, topic, names[0], deprel, head, flags)
     nodes = [top]
-    for name, chance, signs, deprel_below, flags_below, options_below in DEPENDENTS:
+    for name, chance, places, relation, its_flags, its_options in DEPENDENTS:
         chance = float(chance) if name in names else 0
-        if "nests" in flags_below:
+        if "nests" in its_flags:
             chance *= 0.6**top.depth
         while rng.random() < chance:
-            phrase = make_phrase(rng, topic, options_below, deprel_below, top, flags_below)
+            phrase = make_phrase(rng, topic, its_options, relation, top, its_flags)
             here = nodes.index(top)
-            at = {"[": 0, "<": here, ">": here + 1, "]": len(nodes)}[rng.choice(signs)]
+            at = {"[": 0, "<": here, ">": here + 1, "]": len(nodes)}[rng.choice(places)]
             nodes[at:at] = phrase
-            if "repeats" not in flags_below:
+            if "repeats" not in its_flags:
                 break
     # A proper noun's phrase is one entity, without the adposition, conjunction or comma that joins
     # it to others. Its class has the name of its type, or begins with it as ORG-of.
@@ -533,22 +533,22 @@ def syntax_order(sentence, order, **context):
     `learn_order`, or SOV. A subtree moves as a whole, and one with gaps is drawn together.
     Punctuation keeps its place in its family, so that a final '.' stays final. Raises InputError
     for a sentence without tags or trees, which `families` finds."""
-    # place_in[head, word] is the place that a word gets in the family of a head, out of those that
-    # the family has now. "red house" has 0 and 1: if adjectives follow nouns, place_in[1, 1] is 0
-    # and place_in[1, 0] is 1. A word that keeps its place may be left out.
-    place_in = {}
+    # new_place[head, word] is the place that a word gets in the family of a head, out of those that
+    # the family has now. If adjectives follow nouns, the family of 1 in "red house" (0 and 1) gets
+    # new_place[1, 1] = 0 and new_place[1, 0] = 1. A word that keeps its place may be left out.
+    new_place = {}
     for head, kind, family in families(sentence):
         for place, word in zip(family, arrange(order, kind, family), strict=True):
-            place_in[head, word] = place
+            new_place[head, word] = place
 
     # Returns the places of the words on the way from the root down to this one, each in the family
     # of its head, and last the word's place in the family that it heads itself.
     def sort_key(word):
-        key = [place_in.get((word, word), word)]
+        key = [new_place.get((word, word), word)]
         # The root's head, 0 in CoNLL-U, is -1 here. In a cycle, which readers refuse, it ends too.
         while word >= 0 and len(key) <= len(sentence.heads):
             head = sentence.heads[word] - 1
-            key.append(place_in.get((head, word), word))
+            key.append(new_place.get((head, word), word))
             word = head
         return key[::-1]
 
@@ -735,8 +735,8 @@ def peek(lines):
     lines, ahead = tee(lines)
     for _, line in ahead:
         if line.strip() and not COMMENT.fullmatch(line):
-            # A row has a number and many columns. Rows that are damaged, split by spaces or ended
-            # as on old Macs count too: they are to be refused and not taken for plain text.
+            # A row is a number and seven more columns after tabs, or has a lone "_" between spaces.
+            # Damaged rows, also those of old Macs, count too: they are to be refused.
             row = r"(?:^|\r)\d+(?:[-.]\d+)?(?:(?:\t[^\t]*){7}| .* _ )"
             return bool(regex.search(row, line)), lines
     return False, lines

@@ -1,8 +1,8 @@
 """The two losses over the word-embedding matrix, and where their Triton kernels run.
 
-As equations they stand in alignmlm.py; here the same numbers are computed in less memory: by the
-kernels where `fused` says so, elsewhere, as on a CPU, by masked_lm_plain and alignment_plain, which
-are plain PyTorch. alignment.py is the easy kernel, to be read first; masked_softmax.py the other.
+As equations they stand in alignmlm.py. Here the same numbers are computed in less memory: by Triton
+kernels where `fused` says so, and elsewhere by masked_lm_plain and alignment_plain, in PyTorch.
+alignment.py is the easy kernel, to be read first; masked_softmax.py is the other.
 """
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from kernels import alignment, masked_softmax
 
 def fused(weight):
-    """Whether the Triton kernels run for weight (V, D): one rule for both of them."""
+    """Whether the Triton kernels run for weight (V, D), one rule for both of them. Elsewhere, as on
+    CPUs and AMD's GPUs (hip), plain PyTorch does."""
     if not weight.is_cuda or torch.version.hip or alignment.triton is None:
         return False
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -30,8 +30,8 @@ chunks' dweight in fp32 0.16 GB.
 Why 60 (REACH). fp32 and bf16 hold e^-87 to e^88. Most rows have their largest logit within 60 of 0.
 Upwards: e^60, summed over 2^20 words (e^14) and times entries of weight up to a million (e^14),
 stays below e^88. Downwards: where the largest exponential of a row is e^-60, a word that underflows
-is less than e^-27 of it, and 2^20 of them are less than 2e-6. All other rows, with exponentials of
-infinity or 0, are repaired: exp_kernel runs again for their blocks and subtracts the row's maximum.
+is less than e^-27 of it, and 2^20 of them are less than 2e-6. All other rows are repaired, as their
+exponentials may be infinite or 0: exp_kernel runs again for their blocks, less the row's maximum.
 
 What came before: gradients made in the forward, by chunks (Liger Kernel, arXiv 2410.10989); no
 logits in memory, for a fourth product (Cut Cross-Entropy, arXiv 2411.09009); exponentials that are
@@ -67,19 +67,19 @@ def masked_lm_plain(hidden, weight, bias, labels):
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 @jit
-def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, row_maxima, D: constexpr,
+def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, offsets, D: constexpr,
                BLOCK_N: constexpr, BLOCK_V: constexpr, BLOCK_D: constexpr, WITH_GRAD: constexpr,
                REPAIR: constexpr):  # fmt: skip
     """p (N, V) = exp(hidden weight^T + bias), but 0 at the labels, tile by tile. With REPAIR
-    row_maxima (N,) are subtracted from the logits first.
+    offsets (N,) are subtracted from the logits first.
 
     hidden (N, D), weight (V, D) and p are descriptors, a matrix and the shape of its tiles: load
     and store take the row and column where a tile begins, and what lies beyond the matrix is zero
     and is not stored. bias (V,), labels (N,). Each row of a tile leaves the maximum of its logits
     in peaks and its sum of p in sums, both (blocks of V, N)."""
     # As many programs as there are multiprocessors take tile after tile. `flatten` makes one loop
-    # of this one and that over d, if no `if` is between them: the next tile's loads are under way
-    # while exponentials are taken. Rows vary fastest: weight is read once, hidden stays in L2.
+    # of this one and that over d: the next tile's loads are under way while exponentials are taken.
+    # REPAIR has an `if` between them. Rows vary fastest: weight is read once, hidden stays in L2.
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
@@ -90,8 +90,8 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, row_maxima, D
         n = n0 + tl.arange(0, BLOCK_N)
         needed = True
         if REPAIR:
-            row_max = tl.load(row_maxima + n, mask=n < N, other=0.0)  # (BLOCK_N,)
-            needed = tl.max((row_max != 0).to(tl.int32), axis=0) != 0
+            offset = tl.load(offsets + n, mask=n < N, other=0.0)  # (BLOCK_N,)
+            needed = tl.max((offset != 0).to(tl.int32), axis=0) != 0
         if needed:
             # In fp32 three products in tf32 make an exact one. For half types this does nothing.
             logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -103,7 +103,7 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, row_maxima, D
             b = tl.load(bias + v0 + column, mask=v0 + column < V, other=float("-inf"))
             logits += b.to(tl.float32)[None, :]
             if REPAIR:
-                logits -= row_max[:, None]
+                logits -= offset[:, None]
             else:
                 tl.store(peaks + block * N + n, tl.max(logits, axis=1), mask=n < N)
             label = (tl.load(labels + n, mask=n < N, other=-1) - v0).to(tl.int32)
@@ -154,8 +154,8 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
     """The loss (fp32) and its gradients in the inputs' types, or empty ones if not wanted."""
     (N, D), V = hidden.shape, len(weight)
     device = torch.cuda.get_device_properties(weight.device)
-    # exp_kernel sums tiles of N x V, weight_grad_kernel of V x D, each tall x wide, `deep` at a
-    # time. 128 x 256 is what the registers of 8 warps hold on Hopper; on Blackwell it would spill.
+    # A program makes tiles of its result, tall x wide, summing `deep` at a time: N x V over D, or
+    # V x D over N. On Hopper the registers of 8 warps hold 128 x 256, but not on Blackwell.
     if weight.dtype == torch.float32:
         p_dtype, tall, wide, deep = torch.float32, 64, 64, 32
     else:  # of fp16 too, whose exponentials need the range of fp32
@@ -182,18 +182,18 @@ def masked_lm(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor,
             tiled(weight, [wide, deep_D]), bias, label, tiled(p, [tall, wide]), peaks, sums, n, V,
             D=D, BLOCK_N=tall, BLOCK_V=wide, BLOCK_D=deep_D, WITH_GRAD=with_grad,
             num_warps=8)  # fmt: skip
-        take_exponentials(row_maxima=None, REPAIR=False)
-        # Each row's maximum (n,), or 0 within reach. The repair skips blocks of zeros alone.
-        row_maxima = F.hardshrink(peaks.amax(0), REACH)
-        take_exponentials(row_maxima=row_maxima, REPAIR=True)
-        label_logit, others = label_logits[chunk] - row_maxima, sums.sum(0)  # (n,) each
+        take_exponentials(offsets=None, REPAIR=False)
+        # What is subtracted (n,): a row's maximum, or 0 within reach. Blocks of 0 are not repaired.
+        offsets = F.hardshrink(peaks.amax(0), REACH)
+        take_exponentials(offsets=offsets, REPAIR=True)
+        label_logit, others = label_logits[chunk] - offsets, sums.sum(0)  # (n,) each
         total = others + label_logit.exp()
         losses[chunk] = total.log() - label_logit
         if with_grad:
             scale = 1 / (N * total)
-            entry = -others.to(p_dtype)
-            p.scatter_(1, label[:, None], entry[:, None])
-            rounded_off[chunk] = scale * (-others - entry)  # See below.
+            at_label = (-others).to(p_dtype)
+            p.scatter_(1, label[:, None], at_label[:, None])
+            rounded_off[chunk] = scale * (-others - at_label)  # added back below
             # With `out`, autocast does not turn the exponentials into fp16.
             product = torch.mm(p[:, :V], weight.to(p_dtype), out=new(n, D, dtype=p_dtype))
             dhidden[chunk] = scale[:, None] * product

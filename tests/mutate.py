@@ -25,7 +25,7 @@ TESTS = {
     "kernels/masked_softmax.py": ["tests/test_kernels.py"],
 }
 MUTANTS = [  # the file, what stands there once, and what is put in its place
-    ("alignmlm.py", "order[tokens < SPECIALS] += 1", "order[tokens < PAD] += 1"),
+    ("alignmlm.py", "drawn[tokens < SPECIALS] += 1", "drawn[tokens < PAD] += 1"),
     ("alignmlm.py", "fate < 0.8", "fate < 0.7"),
     ("alignmlm.py", "s.shift * of_derived", "0 * of_derived"),
     ("alignmlm.py", "translation[dictionary] = dictionary[:, ::-1]", "translation[dictionary] = dictionary"),
@@ -58,9 +58,9 @@ MUTANTS = [  # the file, what stands there once, and what is put in its place
     ("synth_lang.py", "chr(0x2800 + byte)", "chr(0x2800 + byte % 128)"),
     ("kernels/alignment.py", "gradient + j * D + d, (cosine * unit_j - unit_i)", "gradient + j * D + d, (cosine * unit_j + unit_i)"),
     ("kernels/alignment.py", "tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-16)", "tl.maximum(tl.sum(row_j * row_j, axis=0), 1e-2)"),
-    ("kernels/masked_softmax.py", "label_logits[chunk] - row_maxima, sums", "label_logits[chunk], sums"),
+    ("kernels/masked_softmax.py", "label_logits[chunk] - offsets, sums", "label_logits[chunk], sums"),
     ("kernels/masked_softmax.py", "total += tl.load(dbias + v", "total = tl.load(dbias + v"),
-    ("kernels/masked_softmax.py", "rounded_off[chunk] = scale * (-others - entry)", "rounded_off[chunk] = 0.0"),
+    ("kernels/masked_softmax.py", "rounded_off[chunk] = scale * (-others - at_label)", "rounded_off[chunk] = 0.0"),
 ]
 
 def run(number):
