@@ -274,6 +274,17 @@ def make_word(rng, topic, name, deprel, head, flags):  # Returns the top word of
     depth = head.depth + 1 if "nests" in flags else head.depth
     return Node(name, upos, deprel, head, topic, depth, plural, forms, favourite)
 
+# A proper noun's phrase is one entity, without the adposition, conjunction or comma that joins it
+# to others. Its class has the name of its type, or begins with it as ORG-of.
+def tag_entity(top, nodes):
+    kind = top.name[:3]
+    if kind in ("PER", "LOC", "ORG"):
+        prefix = "B-"
+        for node in nodes:
+            if not (node.head is top and node.deprel in ("case", "cc", "punct")):
+                node.entity = prefix + kind
+                prefix = "I-"
+
 # Returns the words of a random phrase: a top word, and for each dependent a phrase of its own. The
 # words of a phrase stay side by side, so the trees are projective.
 def make_phrase(rng, topic, options, deprel, head, flags=""):
@@ -294,15 +305,7 @@ def make_phrase(rng, topic, options, deprel, head, flags=""):
             nodes[at:at] = phrase
             if "repeats" not in its_flags:
                 break
-    # A proper noun's phrase is one entity, without the adposition, conjunction or comma that joins
-    # it to others. Its class has the name of its type, or begins with it as ORG-of.
-    kind = top.name[:3]
-    if kind in ("PER", "LOC", "ORG"):
-        prefix = "B-"
-        for node in nodes:
-            if not (node.head is top and node.deprel in ("case", "cc", "punct")):
-                node.entity = prefix + kind
-                prefix = "I-"
+    tag_entity(top, nodes)
     # What this word does to its head: a verb has the number of its subject, what is counted is
     # plural, and an auxiliary decides the form of its verb. In "will look" the phrase of "will" is
     # made first and asks for form 1, which "look" takes when its own phrase is complete, below.
