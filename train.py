@@ -264,9 +264,8 @@ def update(model, optimizers, factor):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            # It is kept at the first step, when lr is still what the optimizer was made with.
-            peak = group.setdefault("peak", group["lr"])
-            group["lr"] = factor * peak
+            # An optimizer's defaults stay what it was made with.
+            group["lr"] = factor * optimizer.defaults["lr"]
         optimizer.step()
         optimizer.zero_grad()
 
