@@ -250,13 +250,15 @@ def make_optimizers(model, s):
             embeddings.append(parameter)
         else:
             matrices.append(parameter)
-    optimizers, decay = [], {"weight_decay": s.weight_decay}
+    optimizers = []
     if s.optimizer == "muon":
-        optimizers.append(Muon(matrices, {"lr": s.matrix_rate, **decay}))
+        optimizers.append(Muon(matrices, {"lr": s.matrix_rate, "weight_decay": s.weight_decay}))
         matrices = []
     # As in BERT only matrices decay. The constants are RoBERTa's.
-    groups = [{"params": embeddings + matrices, **decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers.append(torch.optim.AdamW(groups, s.rate, betas=(0.9, 0.98), eps=1e-6, fused=True))
+    groups = [{"params": embeddings + matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers.append(torch.optim.AdamW(
+        groups, s.rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=s.weight_decay, fused=True,
+    ))  # fmt: skip
     return optimizers
 
 def update(model, optimizers, factor):
