@@ -312,9 +312,9 @@ def pretrain(corpus, s, folder, args):
     checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
     start = load_checkpoint(checkpoint, model, optimizers)
     lines = []
-    if log.exists():  # What was logged after the checkpoint comes again.
-        lines = log.read_text().splitlines(keepends=True)
-        lines = [line for line in lines if json.loads(line)["step"] <= start]
+    if start:  # What was logged after the checkpoint comes again.
+        with log.open() as file:
+            lines = [line for line in file if json.loads(line)["step"] <= start]
     network = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     dictionary = make_dictionary(s)
     pairs = torch.tensor(dictionary, device=args.device)
