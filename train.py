@@ -412,10 +412,9 @@ def add_options(parser, left_out=()):
         help="steps between checkpoints and between lines of the log (%(default)s)")
     # A line of Settings is "name: type = value  # meaning".
     for name, meaning in re.findall(r"(\w+): .*# (.*)", inspect.getsource(Settings)):
-        values = ", ".join(f"{key} {getattr(s, name)}" for key, s in PRESETS.items())
         if name not in left_out:
-            option = f"--{name.replace('_', '-')}"
-            add(option, type=reader_of(name), help=f"{meaning} ({values})")
+            values = ", ".join(f"{key} {getattr(s, name)}" for key, s in PRESETS.items())
+            add(f"--{name.replace('_', '-')}", type=reader_of(name), help=f"{meaning} ({values})")
 
 def reader_of(setting):
     """The function that makes a setting's value of an option's text. JSON knows true and false."""
