@@ -78,7 +78,6 @@ class Task:
     """Part-of-speech tagging, and what the other tasks inherit."""
 
     title = "POS accuracy"
-    field = "upos"  # of a Sentence, with the labels of its words
     counts = 6_000, 1_000  # examples of the built-in language to learn from, and to test on
     epoch_share = 1.0  # of the setting tune_epochs
     generate = staticmethod(synth_lang.generate)  # It is called without self.
@@ -87,7 +86,7 @@ class Task:
         return synth_lang.read_conllu(path)
 
     def labels_of(self, example):
-        return getattr(example, self.field)
+        return example.upos
 
     def row(self, example, index, derive, tokeniser):
         """The token ids, and the label of each, None where nothing is asked.
@@ -112,10 +111,12 @@ class Ner(Task):
     """Named entities, as BIO tags of the words."""
 
     title = "NER F1"  # of whole entities, as CoNLL-2003 counts
-    field = "entities"
 
     def read(self, path, language):
         return synth_lang.read_bio(path)
+
+    def labels_of(self, example):
+        return example.entities
 
     def score(self, gold, said):
         # seqeval finds (type, first word, last word) of each entity as CoNLL-2003 does: an I- that
