@@ -80,7 +80,7 @@ class Task:
     title = "POS accuracy"
     counts = 6_000, 1_000  # examples of the built-in language to learn from, and to test on
     epoch_share = 1.0  # of the setting tune_epochs
-    generate = staticmethod(synth_lang.generate)  # It is called without self.
+    generate = staticmethod(synth_lang.generate)  # It gets no self.
 
     def read(self, path, language):
         return synth_lang.read_conllu(path)
@@ -131,10 +131,8 @@ class Nli(Task):
     title = "NLI accuracy"
     counts = 20_000, 1_000
     epoch_share = 0.5  # The paper fine-tunes for 5 epochs here, and for 10 in the other tasks.
+    read = staticmethod(synth_lang.read_inferences)
     generate = staticmethod(synth_lang.generate_inferences)
-
-    def read(self, path, language):
-        return synth_lang.read_inferences(path, language)
 
     def labels_of(self, example):
         return [example.label]
