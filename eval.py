@@ -279,14 +279,16 @@ def read_run(folder):
 
 def evaluate(folder, name, examples, device=train.DEVICES[0]):
     """Fine-tune and test a run on a task and write folder/NAME.json; returns what it holds."""
-    task, (learn, test) = TASKS[name], examples
+    task = TASKS[name]
+    learn, test = examples
     model, tokeniser = read_run(folder)
-    model, s = model.to(device), model.settings
+    model.to(device)
+    s = model.settings
     known = sorted(set(chain(*map(task.labels_of, learn))))
     unknown = sorted(set(chain(*map(task.labels_of, test))) - set(known))
     if unknown:
-        text = ", ".join(unknown)
-        print(f"{name}: no example to learn from has {text}: counted as wrong", file=sys.stderr)
+        print(f"{name}: no example to learn from has {', '.join(unknown)}: counted as wrong",
+              file=sys.stderr)  # fmt: skip
     names = known + unknown  # What only the test has gets a name, but no logit.
     # rows[language] is tokens, labels and languages of learn and then test, (3, examples, T).
     # T_perm draws its order by an example's number: made together, no two have the same.
