@@ -386,11 +386,8 @@ def draw_scores(name, cells, path):
 
 def draw_training(folder, runs, path):
     """Alignment outside of D along pre-training, a line an objective, the mean over its seeds."""
-    logs = []
-    for run in runs["run"]:
-        log = pd.read_json(folder / run / "log.jsonl", lines=True)
-        logs.append(log.assign(run=run))
-    logs = pd.concat(logs)
+    logs = {run: pd.read_json(folder / run / "log.jsonl", lines=True) for run in runs["run"]}
+    logs = pd.concat(logs, names=["run"])  # The names of the runs become an index.
     # Without words outside of D there is no such column, and nothing to draw.
     if "outside" in logs:
         grid = sns.relplot(
