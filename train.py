@@ -42,7 +42,7 @@ import synth_lang
 from alignmlm import BOS, EOS, OBJECTIVES, PAD, PRESETS, SHORT_ROW, UNK, Batch, MaskedLM
 from alignmlm import Settings, alignment_score, derive_ids, make_dictionary, mask_tokens
 from alignmlm import pair_translations, preset, to_hf, write_file, write_tokenizer
-from synth_lang import InputError, transliterate_word
+from synth_lang import transliterate_word
 
 BLOCK = 50  # sentences for one language, then as many for the other, as rows span sentences
 # torchrun starts several processes and tells each of them who it is.
@@ -52,7 +52,7 @@ DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]  # the defau
 
 # ---------------------------------------------------------------------------------- text to ids
 def read_sentences(args):
-    """Yield the Sentences of the text in their order. Raises InputError."""
+    """Yield the Sentences of the text in their order. Raises ValueError."""
     if not args.text:
         yield from synth_lang.generate(args.sentences)
     for path in args.text:
@@ -70,7 +70,7 @@ def content_hash(args):
 
 def learn_subwords(args, s, folder):
     """Write folder/tokenizer.model, SentencePiece's unigram model of the original language. Raises
-    InputError, which names a --vocab-size that works, if the text has too many characters or too
+    ValueError, which names a --vocab-size that works, if the text has too many characters or too
     few sub-words for this one. It runs in a process of its own, as SentencePiece would not let
     Python see a Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # This process just ends, without a word.
@@ -91,7 +91,7 @@ def learn_subwords(args, s, folder):
     except RuntimeError as error:
         # SentencePiece's message ends with a size that works for one language.
         size = int(re.findall(r"\d+", str(error))[-1]) * s.vocab_size // s.language_size
-        raise InputError(f"this text needs --vocab-size {size}") from None
+        raise ValueError(f"this text needs --vocab-size {size}") from None
 
 class Tokeniser:
     """From the words of the original language to ids, and from its sentences to derived ones.
@@ -128,7 +128,7 @@ class Corpus:
     counterpart: np.ndarray  # that half as it was; its sentences stand where those of derived do
 
 def make_corpus(args, tokeniser, s):
-    """The Corpus of a text. Raises InputError."""
+    """The Corpus of a text. Raises ValueError."""
     # These are ids. Lists of Python's numbers would need five times as much memory.
     original, derived, counterpart = array("q"), array("q"), array("q")
     for index, sentence in enumerate(tqdm(read_sentences(args), "sentences tokenised")):
@@ -140,12 +140,12 @@ def make_corpus(args, tokeniser, s):
             counterpart.extend(ids)
             derived.extend(tokeniser.encode_sentence(tokeniser.derive(sentence, index)))
     if min(len(original), len(derived)) <= s.positions:
-        raise InputError(f"too little text for rows of {s.positions} ids: give more")
+        raise ValueError(f"too little text for rows of {s.positions} ids: give more")
     return Corpus(np.array(original), derive_ids(np.array(derived), s), np.array(counterpart))
 
 def prepare(args, s, root):
     """The folder of a text's sub-words and ids under a transformation, made on first use. Runs in
-    `root` share it. It appears whole or not at all. Raises InputError. Its name has the length of
+    `root` share it. It appears whole or not at all. Raises ValueError. Its name has the length of
     rows, as a text may be too short for it."""
     folder = root / f"data-{content_hash(args)}-{s.transform}-{s.vocab_size}-{s.positions}"
     if RANK == 0 and not folder.exists():
@@ -427,7 +427,7 @@ def read_options(args, **changes):
         if hasattr(Settings, name) and value is not None:
             changes.setdefault(name, value)
     s = preset(args.preset, **changes)
-    synth_lang.parse_transform(s.transform)  # It raises an InputError before work is done.
+    synth_lang.parse_transform(s.transform)  # It raises a ValueError before work is done.
     return s
 
 def main():
