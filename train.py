@@ -355,14 +355,15 @@ def is_finished(folder):
     """Whether a run is complete: this file is written last."""
     return (folder / "model" / "tokenizer_config.json").exists()
 
-def subword_table(subwords, s):
-    """The spelling and the score of each id, V pairs, and the mark before a word in each language.
-    Derived sub-words have the scores of the original ones, and are spelled in transliteration."""
-    mark = "\u2581"  # SentencePiece's
+def write_model(model, subwords, folder):
+    """Write what transformers opens: the model, and the tokenizer that SentencePiece's sub-words
+    make. Derived ones have the scores of the original ones, and are spelled in transliteration."""
+    to_hf(model, folder)
     table = [(subwords.id_to_piece(id), subwords.get_score(id)) for id in range(len(subwords))]
-    if s.shift:
+    if model.settings.shift:
         table += [(transliterate_word(spelling), score) for spelling, score in table]
-    return table, (mark, transliterate_word(mark))
+    mark = "\u2581"  # SentencePiece's, before a word
+    write_tokenizer(table, (mark, transliterate_word(mark)), folder)
 
 def run(folder, s, args):
     """Do what is left of a run. Raises ValueError if its folder is of another experiment."""
@@ -390,8 +391,7 @@ def run(folder, s, args):
         # With these the run can do without the data, and be moved.
         for name in ("tokenizer.model", "order.json"):
             write_file(folder / name, (data / name).read_bytes())
-        to_hf(trained, folder / "model")
-        write_tokenizer(*subword_table(Tokeniser(data, s).subwords, s), folder / "model")
+        write_model(trained, Tokeniser(data, s).subwords, folder / "model")
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 # ---------------------------------------------------------------------------- the command line
