@@ -263,7 +263,7 @@ def make_optimizers(model, s):
 
 def update(model, optimizers, factor):
     """Clip the gradient to a norm of 1, and take a step at this share of the peak rates."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # An optimizer's defaults stay what it was made with.
