@@ -83,7 +83,10 @@ class Task:
     generate = staticmethod(synth_lang.generate)  # It gets no self.
 
     def read(self, path, language):
-        return synth_lang.read_conllu(path)
+        sentences = list(synth_lang.read_conllu(path))
+        if None in map(self.labels_of, sentences):
+            raise ValueError(f"{path}: a sentence has no labels, that is, no parts of speech")
+        return sentences
 
     def labels_of(self, example):
         return example.upos
@@ -179,8 +182,6 @@ def read_examples(tasks, args):
         if args.train:
             files = args.train[number], args.test[number]
             parts = [list(task.read(file, args.language)) for file in files]
-            if None in map(task.labels_of, chain(*parts)):
-                raise ValueError(f"{' or '.join(files)}: a sentence has no labels for {name}")
         else:
             # Seeds 1 and 2; the text of pre-training has 0. A few short sentences occur in both.
             parts = [list(task.generate(n, seed)) for seed, n in enumerate(task.counts, 1)]
