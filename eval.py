@@ -499,8 +499,8 @@ def grid(args):
     if len(failures) < len(jobs):
         report(args.out, args.out)
     if failures:
-        text = f"{len(failures)} of {len(jobs)} cells failed; the same command goes on"
-        raise ValueError("; ".join([text, *failures]))
+        count = f"{len(failures)} of {len(jobs)} cells failed"
+        raise ValueError(f"{count}; the same command goes on; {'; '.join(failures)}")
 
 def main():
     parser = synth_lang.Parser(description=__doc__)
