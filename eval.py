@@ -338,10 +338,9 @@ def correlation(alignment, delta):
 
     It is Pearson's r of the ranks. p is the share of pairings of them, all up to 7 rows and 5,040
     random ones beyond, with an r as far from 0. The interval is Fisher's, approximate for ranks."""
-    # Rounding errors of BZ - BS are to break no tie.
-    ranks = rankdata(alignment), rankdata(-np.round(delta, 6))
     method = PermutationMethod(n_resamples=5_040, rng=np.random.default_rng(0))
-    test = pearsonr(*ranks, method=method)
+    # Rounding errors of BZ - BS are to break no tie.
+    test = pearsonr(rankdata(alignment), rankdata(-np.round(delta, 6)), method=method)
     low, high = test.confidence_interval()
     return (f"Spearman's rho of alignment and -Delta: {test.statistic:.3f} (p = {test.pvalue:.2g}, "
             f"{len(delta)} rows, 95 % interval {low:.2f} to {high:.2f}).")  # fmt: skip
