@@ -142,9 +142,9 @@ class Nli(Task):
 
     def row(self, example, index, derive, tokeniser):
         tokens = [BOS]
-        # Each of the two is derived by itself: under T_inv the premise still comes first.
-        for sentence in (example.premise, example.hypothesis):
-            tokens += tokeniser.encode_sentence(derive(sentence, index))
+        # Each is derived by itself, under T_perm by a number of its own. The premise stays first.
+        for part, sentence in enumerate([example.premise, example.hypothesis]):
+            tokens += tokeniser.encode_sentence(derive(sentence, 2 * index + part))
         return tokens, [example.label] + [None] * (len(tokens) - 1)
 
 TASKS = {"pos": Task(), "ner": Ner(), "nli": Nli()}
@@ -237,7 +237,7 @@ def fine_tune(model, rows, labels, epochs):
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
-    # Unless they are frozen, as in tiny and small, the words of the tuned language move away.
+    # Unless frozen, as in tiny and small, words of the tuned language move from their counterparts.
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
@@ -292,7 +292,7 @@ def evaluate(folder, name, examples, device=train.DEVICES[0]):
               file=sys.stderr)  # fmt: skip
     names = known + unknown  # What only the test has gets a name, but no logit.
     # rows[language] is tokens, labels and languages of learn and then test, (3, examples, T).
-    # T_perm draws its order by an example's number: made together, no two have the same.
+    # T_perm draws its order by an example's number, and so all are made together.
     rows = [make_rows(task, learn + test, names, tokeniser, s, language) for language in (0, 1)]
     rows = torch.stack(rows).to(device)
     learn_rows, test_rows = rows.split([len(learn), len(test)], dim=2)
@@ -410,7 +410,7 @@ def draw_words(folder, runs, path):
     axes = figure.subplots(1, len(models))
     for axis, title, model in zip(axes, titles, models, strict=True):
         # SentencePiece orders ids by frequency. Some of these are single letters. Both languages
-        # are put on one plane, so that what parts them can be seen.
+        # are put on one plane, so that what separates them can be seen.
         both = torch.cat([words[:30] for words in words_of_both(model)]).detach()  # (60, D)
         original, derived = np.split(PCA(2).fit_transform(both), 2)  # (30, 2) each
         for pair in zip(original, derived, strict=True):

@@ -7,8 +7,8 @@
 Without --corpus or --treebank the text is the built-in language of synth_lang.py. A run's folder
 holds settings.json, log.jsonl, a checkpoint, and in the end model/, which eval.py and transformers
 open. The same command again goes on from the last checkpoint, which is made every --save-every
-steps (100), on a CPU bit for bit the same: all that is random in a step is a function of the seed
-and the step (dropout also of the process), so that no generator has to be saved.
+steps (100). On a CPU the result is the same bit for bit: what is random in a step depends on the
+seed and the step alone (dropout also on the process), so that no generator has to be saved.
 
 In the code `s` is the Settings, which say what experiment it is, and `args` has the other options:
 where its text comes from (text, order, sentences), and how it is computed (device, save_every).
@@ -44,7 +44,7 @@ from alignmlm import Settings, alignment_score, derive_ids, make_dictionary, mas
 from alignmlm import pair_translations, preset, to_hf, write_file, write_tokenizer
 from synth_lang import transliterate_word
 
-BLOCK = 50  # sentences for one language, then as many for the other, as rows span sentences
+BLOCK = 50  # so many sentences in a row go to one language, as rows span sentences
 # torchrun starts several processes and tells each of them who it is.
 RANK = int(os.environ.get("RANK", 0))  # 0 for the first, which writes the files for all
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -375,11 +375,11 @@ def run(folder, s, args):
     finished = is_finished(folder)
     if not finished:
         record["content"] = content_hash(args)
+    known_by = "source" if finished else "content"
     if path.exists():
         saved = json.loads(path.read_text())
-        for key in ("settings", "source" if finished else "content"):
-            if saved[key] != record[key]:
-                raise ValueError(f"{path}: has other settings or text; give another folder")
+        if any(saved[key] != record[key] for key in ("settings", known_by)):
+            raise ValueError(f"{path}: has other settings or text; give another folder")
     if finished:
         return
     data = prepare(args, s, folder.parent)

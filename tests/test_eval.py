@@ -82,13 +82,14 @@ def test_a_tag_stands_at_the_first_sub_word_of_its_word(root, given, transform, 
 
 @pytest.mark.parametrize("derived", [False, True])
 def test_an_inference_is_one_row_with_its_label_at_the_beginning(root, derived):
-    s = small(transform="transliterate+invert")
+    s = small(transform="transliterate+permute")
     languages = train.Tokeniser(root / "one", s)
-    pair = Inference(Sentence(["ab", "cd", "."]), Sentence(["ef", "ab"]), "neutral")
-    rows = evaluation.make_rows(TASKS["nli"], [pair], ["no", "neutral"], languages, s, int(derived))
+    pair = Inference(Sentence(["ab", "cd", "ef", "."]), Sentence(["ef", "ab", "cd", "."]), "no")
+    rows = evaluation.make_rows(TASKS["nli"], [pair], ["yes", "no"], languages, s, int(derived))
     tokens = [BOS]
-    for text in ("cd ab .", "ab ef") if derived else ("ab cd .", "ef ab"):
-        tokens += languages.encode_sentence(Sentence(text.split()))
+    for part, sentence in enumerate([pair.premise, pair.hypothesis]):
+        words = languages.derive(sentence, part) if derived else sentence
+        tokens += languages.encode_sentence(words)
     if derived:
         tokens = derive_ids(np.array(tokens), s).tolist()
     assert rows[0, 0].tolist() == tokens + (32 - len(tokens)) * [PAD]
