@@ -51,7 +51,7 @@ REACH = 60.0
 GPU_CHUNK = 1 << 28  # entries of p at a time; every further chunk reads and writes dweight again
 CPU_CHUNK = 1 << 24  # logits at a time, as measured (results/kernels.md)
 SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tests check it
-COLUMNS = 16  # of the narrowest product that tensor cores take; dbias is computed as such a one
+COLUMNS = 16  # of the narrowest product that tensor cores take; dbias is computed as such a product
 
 def masked_lm_plain(hidden, weight, bias, labels):
     """The loss in plain PyTorch, by chunks of rows where that loses nothing."""
