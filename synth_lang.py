@@ -398,11 +398,13 @@ class Transformation:
     spell: Callable = str  # of a word; str leaves it as it is
     unspell: Callable = str  # the inverse of `spell`
 
-def reorder(sentence, places):  # Returns the words that stood at `places`, with all their labels.
+# Returns the words that stood at `places`, each spelled anew, with all their labels.
+def move(sentence, places, spell):
     moved = replace(sentence)
     for name, column in vars(sentence).items():
         if column:  # Labels may be absent.
             setattr(moved, name, [column[old] for old in places])
+    moved.words = list(map(spell, moved.words))
     if moved.heads:
         # Heads count words from 1, and the root's is 0.
         new = {0: 0} | {old + 1: place for place, old in enumerate(places, start=1)}
@@ -589,15 +591,14 @@ def transform(sentence, names, seed=0, index=0, order=SOV):
         places = TRANSFORMS[name].order_of(sentence, seed=seed, index=index, order=order)
         # An entity may come apart, and so the earlier tags are kept.
         steps.append((name, places, sentence.entities))
-        sentence = reorder(sentence, places)
-        sentence.words = list(map(TRANSFORMS[name].spell, sentence.words))
+        sentence = move(sentence, places, TRANSFORMS[name].spell)
     return sentence, steps
 
 def restore(sentence, steps):
     """The sentence that `transform` was given, labels and all."""
     for name, places, entities in reversed(steps):
-        sentence = replace(reorder(sentence, np.argsort(places)), entities=entities)
-        sentence.words = list(map(TRANSFORMS[name].unspell, sentence.words))
+        sentence = move(sentence, np.argsort(places), TRANSFORMS[name].unspell)
+        sentence.entities = entities
     return sentence
 
 # ----------------------------------------------------------------------------------- the readers
