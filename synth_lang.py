@@ -776,13 +776,15 @@ def tab_columns(lines):
 def bio_sentences(blocks):
     # What a column holds is a matter of the file and not of a row, where a number may be a word. A
     # hundred sentences tell: the best form is the one that finds most tags, or the first of equals.
-    votes = Counter()
-    for _, line in chain(*blocks[:100]):
-        for form in BIO_ROWS:
+    def tags_found(form):
+        found = 0
+        for _, line in chain(*blocks[:100]):
             row = regex.fullmatch(form, line)
             if row and row[2] != "-" and not line.startswith("#"):
-                votes[form] += 1
-    best = max(BIO_ROWS, key=lambda form: votes[form])
+                found += 1
+        return found
+
+    best = max(BIO_ROWS, key=tags_found)
     for block in blocks:
         words, tags = [], []
         for where, line in block:
