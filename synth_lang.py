@@ -61,7 +61,7 @@ class Inference:
 # ---------------------------------------------------------------------------------- the language
 # The grammar is in tables: a row has columns with white space between, and only the last one may
 # have spaces inside.
-def parse_table(table, columns):
+def parse_table(table, columns=2):
     return [line.split(maxsplit=columns - 1) for line in table.strip().splitlines()]
 
 # A phrase is one of its options, drawn by their weights: of "2*person noun | he" the first option
@@ -90,7 +90,7 @@ PHRASES = dict(parse_table("""
     object    3*thing noun | 2*idea noun | 2*person noun | place noun | 3*him | PER | ORG | amount
     setting   3*place noun | 2*thing noun | idea noun | 3*LOC | 2*him
     known     2*person definite described | 2*thing definite described | place definite described
-""", columns=2))
+"""))
 # A row gives a name's dependent: its chance, where it may stand, its relation, flags and options.
 # The place is drawn from the signs, of which some stand several times: `[` is before the whole
 # phrase so far, `<` just before the top word, `>` just after it, `]` at the end. The flags:
@@ -172,7 +172,7 @@ CLOSED_CLASSES = dict(parse_table("""
     number        NUM:two 3 ten four 12 seven 5 one 40 six 1984 nine 100
     amount        SYM:% $ £
     ORG-of        PROPN:University Bank Museum
-""", columns=2))
+"""))
 # The words of an open class are made of syllables. The columns are the tag, the number of words in
 # a topic, their stems, and the endings of their forms, where `-` is none. Classes with one name for
 # their stems share them: what one does with a hammer is to hammer. Those called `affect` are of the
@@ -194,7 +194,7 @@ OPEN_CLASSES = dict(parse_table("""
     LOC           PROPN 8   LOC        -
     ORG           PROPN 6   ORG        -
     surname       PROPN 8   LOC        -
-""", columns=2))
+"""))
 TOPICS = 24  # A sentence mostly keeps to the words of one: words are known by their company too.
 STEM = [  # the parts of a word's stem, one after the other
     "b bl br c ch cl cr d dr f fl fr g gr h j l m n p pl pr qu r s sh sl sp st t tr v w",
