@@ -673,7 +673,7 @@ def blocks_of(lines):  # Yields what stands between blank lines, as lists of (wh
 # The columns of CoNLL-U that hold a Sentence's labels, counted from 0.
 LABEL_COLUMNS = {"upos": 3, "heads": 6, "deprels": 7}
 # An item of the last one, MISC. Treebanks with other annotation under this name have other values.
-ENTITY = regex.compile(r"(?:^|\|)Entity=(O|[BI]-[^|]+)")
+ENTITY = r"Entity=(O|[BI]-[^|]+)"
 # With the line ends of old Macs, "\r", a file is one line, which is no comment even after `#`.
 COMMENT = regex.compile(r"#[^\r]*")
 
@@ -705,7 +705,7 @@ def parse_block(block):
             setattr(sentence, name, labels)
     if sentence.heads:
         sentence.heads = parse_heads(sentence.heads, where)
-    tags = [ENTITY.search(row[9]) for row in rows]
+    tags = [regex.search(rf"(?:^|\|){ENTITY}", row[9]) for row in rows]
     if any(tags):
         sentence.entities = [tag[1] if tag else "O" for tag in tags]
     return sentence, rows, comments
@@ -874,7 +874,6 @@ def read_inferences(path, language="en"):
 # in "Old=3:0:sings", so `restore` needs nothing beside the file. LEMMA and other columns stay as
 # they were, in the original spelling, and so do comments. DEPS keeps its old numbers.
 # An entity tag stands in front, so that "_" becomes "Entity=B-PER|_|Old=3:0:sings".
-NOTE = regex.compile(r"(?:Entity=(?:O|[BI]-[^|]+)\|)?(.*)\|Old=(\d+):(\d+|_):(.*)")
 
 # Yields the lines of a sentence in CoNLL-U. What a Sentence has is written into the rows.
 def conllu_lines(sentence, rows, comments):
@@ -924,11 +923,11 @@ def restore_file(args):
     for block in blocks_of(read_lines(args.file)):
         _, rows, comments = parse_block(block)
         for row in rows:
-            note = NOTE.fullmatch(row[9])
+            note = regex.fullmatch(rf"(?:{ENTITY}\|)?(.*)\|Old=(\d+):(\d+|_):(.*)", row[9])
             if not note:
                 where = block[0][0]
                 raise InputError(f"{where}: MISC without Old=; give a file that transform wrote")
-            row[9], row[0], row[6], row[1] = note.groups()  # MISC, ID, HEAD, FORM
+            _, row[9], row[0], row[6], row[1] = note.groups()  # tag, MISC, ID, HEAD, FORM
         rows.sort(key=lambda row: int(row[0]))
         yield from [*comments, *map("\t".join, rows), ""]
 
