@@ -940,9 +940,9 @@ def write(path, lines):
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: no regular file; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = Path(f"{path}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        with part.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         part.replace(path)
     finally:
