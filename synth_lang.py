@@ -264,9 +264,9 @@ def make_word(rng, topic, name, deprel, head, flags):  # Returns the top word of
         forms, favourite = open_word(name, topic, rank % int(size))
     else:
         # A name that is no class, such as "ADP:of", counts as a class of this one word.
-        upos, _, words = CLOSED_CLASSES.get(name, name).partition(":")
+        upos, _, lists = CLOSED_CLASSES.get(name, name).partition(":")
         # Most classes have no stroke and one list, which is the first and the last.
-        words = words.split("|")[-1 if plural else 0].split()
+        words = lists.split("|")[-1 if plural else 0].split()
         forms, favourite = [words[zipf(rng, len(words))]], 0
     # A proper noun is singular, and so is its verb.
     if upos == "PROPN":
@@ -694,17 +694,17 @@ def parse_block(block):
                 f"{where}: {len(columns)} columns, word {columns[0][:20]!r}; number words 1, 2, 3, "
                 "with a blank line at the end, in 10 columns split by tabs"
             )
-    where = block[0][0]  # the first line
+    beginning = block[0][0]
     sentence = Sentence([row[1] for row in rows])
     # Some treebanks come without their text, for copyright. A word may be `_`, but not all of them.
     if len(rows) > 1 and set(sentence.words) == {"_"}:
-        raise InputError(f"{where}: the text has been taken out; get it from its publisher")
+        raise InputError(f"{beginning}: the text has been taken out; get it from its publisher")
     for name, column in LABEL_COLUMNS.items():
         labels = [row[column] for row in rows]
         if set(labels) != {"_"}:  # Such a column is absent.
             setattr(sentence, name, labels)
     if sentence.heads:
-        sentence.heads = parse_heads(sentence.heads, where)
+        sentence.heads = parse_heads(sentence.heads, beginning)
     tags = [regex.search(rf"(?:^|\|){ENTITY}", row[9]) for row in rows]
     if any(tags):
         sentence.entities = [tag[1] if tag else "O" for tag in tags]
@@ -802,11 +802,11 @@ def bio_sentences(blocks):
         yield Sentence(words, entities=move_entities(tags, range(len(tags))))
 
 # Other names of the columns of pairs. A gold label overrules those of single annotators.
-COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
-           "gold_label": "label"}  # fmt: skip
+USUAL_COLUMNS = {"sentence1": "premise", "sentence2": "hypothesis", "hypo": "hypothesis",
+                 "gold_label": "label"}  # fmt: skip
 # Other names of the labels. `-` says that annotators did not agree.
-LABELS = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-", "": "-",
-          "contradictory": "contradiction"}  # fmt: skip
+USUAL_LABELS = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-", "": "-",
+                "contradictory": "contradiction"}  # fmt: skip
 
 # Yields (where, row) of a tab-separated table with a header, in which quotes are text, or of JSON:
 # an object a line, or one array of objects, or one object.
@@ -826,11 +826,10 @@ def rows_of_pairs(path):
         lines = [(path, "\n".join(line for _, line in lines))]
     for where, line in lines:
         try:
-            items = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: no JSON, {error}; fix the line") from None
-        if not isinstance(items, list):
-            items = [items]
+        items = value if isinstance(value, list) else [value]
         for number, item in enumerate(items, start=1):
             yield f"{where}: item {number}", item
 
@@ -842,19 +841,19 @@ def read_inferences(path, language="en"):
         try:
             if row.get("language", language) != language:
                 continue
-            for name, usual in COLUMNS.items():
+            for name, usual in USUAL_COLUMNS.items():
                 if name in row:
                     row[usual] = row[name]
             # Half of a surrogate pair, as in "\ud83d", has no encoding.
             (row["premise"] + row["hypothesis"]).encode()
             premise = Sentence(WORD.findall(row["premise"]))
             hypothesis = Sentence(WORD.findall(row["hypothesis"]))
-            label = str(row["label"]).lower()
+            given = str(row["label"]).lower()
         except (AttributeError, TypeError, KeyError, UnicodeError):
             raise InputError(
                 f"{where}: no text; give columns premise, hypothesis and label"
             ) from None
-        label = LABELS.get(label, label)
+        label = USUAL_LABELS.get(given, given)
         if label == "-":
             continue
         if label not in INFERENCES:
