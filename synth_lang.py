@@ -928,7 +928,10 @@ def restore_file(args):
                 raise InputError(f"{where}: MISC without Old=; give a file that transform wrote")
             _, row[9], row[0], row[6], row[1] = note.groups()  # tag, MISC, ID, HEAD, FORM
         rows.sort(key=lambda row: int(row[0]))
-        yield from [*comments, *map("\t".join, rows), ""]
+        yield from comments
+        for row in rows:
+            yield "\t".join(row)
+        yield ""
 
 COMMANDS = {"generate": generate_file, "transform": transform_file, "restore": restore_file}
 
