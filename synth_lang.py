@@ -523,7 +523,8 @@ def lead(model, kind, one, other):
 # points, and equals keep their order.
 def arrange(model, kind, family):
     # A head may have hundreds of dependents, but these are of few sorts.
-    sizes, points = Counter(family.values()), Counter()
+    sizes = Counter(family.values())
+    points = Counter()
     for one in sizes:
         for other, size in sizes.items():
             # With tags more is known, but not of all pairs.
