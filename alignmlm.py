@@ -55,7 +55,7 @@ class Settings:
     alpha: float = 10.0  # weight of the alignment loss, for align
     dictionary_share: float = 0.5  # share of the words that are in the dictionary D
     parallel_share: float = 0.25  # share of the derived text that is parallel, for xlm
-    optimizer: str = "adamw"  # adamw, or muon for the matrices of the layers and the head
+    optimizer: str = "adamw"  # adamw, or muon for the weights of linear layers
     rate: float = 1e-4  # peak rate of AdamW
     matrix_rate: float = 0.02  # peak rate of Muon
     warmup: int = 10_000  # steps in which the rate rises to its peak
@@ -63,7 +63,7 @@ class Settings:
     batch: int = 128  # rows in a step
     short_steps: int = 0  # how many of the first steps have more and shorter rows, of 32 tokens
     weight_decay: float = 0.01  # of matrices, embeddings included
-    tune_epochs: int = 10  # epochs of fine-tuning
+    tune_epochs: int = 10  # epochs of fine-tuning; nli takes half as many
     tune_length: int = 128  # most tokens in a row of fine-tuning, if positions allows
     tune_rate: float = 2e-5  # peak rate of fine-tuning
     freeze_embeddings: bool = False  # true: fine-tuning changes no embedding of words or languages
@@ -98,13 +98,13 @@ def preset(name, **changes):  # the Settings of a preset with these changes
 
 # ------------------------------------------------------------------- vocabularies and masking
 def derive_ids(ids, s):
-    """T_trans: i -> i + shift, for `train.make_corpus` and `eval.make_rows`; words are spelled anew
-    only in files, by `synth_lang.transform`. Special ids stay, even UNK, which the paper moves."""
+    """T_trans: i -> i + shift, for `train.make_corpus` and `eval.make_rows`. Only files have words
+    anew (`synth_lang.transform`, `train.write_model`). Special ids stay; the paper moves UNK."""
     return np.where(ids < SPECIALS, ids, ids + s.shift)
 
 def make_dictionary(s):
     """D: a random share of the original words with their counterparts. (K, 2) int64, ascending."""
-    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # Those of batches have [seed, step].
+    rng = np.random.default_rng([s.seed, 0, 0xD1C7])  # A batch's has [seed, step].
     words = np.arange(SPECIALS, s.language_size)
     known = np.sort(rng.permutation(words)[: round(s.dictionary_share * len(words))])
     return np.stack([known, known + s.shift], axis=1)

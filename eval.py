@@ -237,7 +237,7 @@ def fine_tune(model, rows, labels, epochs):
     torch.manual_seed(s.seed)
     tagger = copy.deepcopy(model).train()
     tagger.classifier = torch.nn.Linear(s.width, labels, device=rows.device)
-    # Unless frozen, as in tiny and small, words of the tuned language move from their counterparts.
+    # tiny and small freeze these. Else words of the tuned language move from their counterparts.
     for embeddings in (tagger.word_embeddings, tagger.language_embeddings):
         embeddings.requires_grad_(not s.freeze_embeddings)
     steps = epochs * math.ceil(rows.shape[1] / TUNE_BATCH)
@@ -336,8 +336,8 @@ def read_cells(folder):
 def correlation(alignment, delta):
     """Spearman's rho of alignment and -Delta over rows, as the paper has it, in a sentence.
 
-    It is Pearson's r of the ranks. p is the share of pairings of them, all up to 7 rows and 5,040
-    random ones beyond, with an r as far from 0. The interval is Fisher's, approximate for ranks."""
+    It is Pearson's r of the ranks. p is the share of their pairings, all up to 7 rows and 5,040
+    random ones beyond, with an r no nearer to 0. The interval is Fisher's, close for ranks."""
     method = PermutationMethod(n_resamples=5_040, rng=np.random.default_rng(0))
     # Rounding errors of BZ - BS are to break no tie.
     test = pearsonr(rankdata(alignment), rankdata(-np.round(delta, 6)), method=method)
@@ -367,7 +367,7 @@ def markdown(name, cells):
     text += f"Always saying the commonest label: {cells['chance'].mean():.1f}.\n"
     if name == "nli":
         text += f"Naive Bayes, told what the premise lacks: {cells['words alone'].mean():.1f}.\n"
-    # As in the paper a row is one point, so that seeds do not count as several. Four say little.
+    # As in the paper a row is one point, so that seeds do not count as several. Few say little.
     means = groups[["alignment all", "Delta"]].mean()
     if len(means) > 4:
         text += correlation(means["alignment all"], means["Delta"]) + "\n"

@@ -91,15 +91,15 @@ PHRASES = dict(parse_table("""
     setting   3*place noun | 2*thing noun | idea noun | 3*LOC | 2*him
     known     2*person definite described | 2*thing definite described | place definite described
 """))
-# A row gives a name's dependent: its chance, where it may stand, its relation, flags and options.
-# The place is drawn from the signs, of which some stand several times: `[` is before the whole
-# phrase so far, `<` just before the top word, `>` just after it, `]` at the end. The flags:
+# A row gives a dependent of the name that owns it: its chance, where it may stand, its relation,
+# flags and options. Its place is drawn from signs, some of which are there several times: `[` is
+# before the phrase so far, `<` just before the top word, `>` just after it, `]` at the end. Flags:
 # `repeats`, it may come several times; `agrees`, it takes its number from the head; `nests`, it may
 # have phrases like itself in it, and so becomes rarer with the depth. Rows are tried from the top:
 # what sets a number stands before what agrees with it.
 # As an example, "noun 0.44 [ det agrees determiner" says that 44 in 100 nouns have a determiner, in
 # front of what they have by then, with the relation `det`, and plural if the noun is.
-#   name        chance  place   relation      flags         options
+#   owner       chance  places  relation      flags         options
 DEPENDENTS = parse_table("""
     affect      1     ]]]]][  obj           -             object
     give        0.3   >       iobj          -             2*person noun | him
@@ -294,8 +294,8 @@ def make_phrase(rng, topic, options, deprel, head, flags=""):
         names = rng.choice(parse_options(PHRASES[names[0]])) + names[1:]
     top = make_word(rng, topic, names[0], deprel, head, flags)
     nodes = [top]
-    for name, chance, places, relation, its_flags, its_options in DEPENDENTS:
-        chance = float(chance) if name in names else 0
+    for owner, chance, places, relation, its_flags, its_options in DEPENDENTS:
+        chance = float(chance) if owner in names else 0
         if "nests" in its_flags:
             chance *= 0.6**top.depth
         while rng.random() < chance:
@@ -498,7 +498,7 @@ def families(sentence):
             members[sentence.heads[word] - 1][word] = f"{relation}/{upos}"
     for head, upos in enumerate(sentence.upos):
         kind = upos.replace("PROPN", "NOUN")
-        if kind in SOV_FAMILIES:
+        if kind in ("VERB", "NOUN"):
             yield head, kind, members[head]
 
 def without_tag(label):
@@ -752,12 +752,12 @@ def looks_like_conllu(path):
 
 # The forms that a row of a word and its tag may have, with a number in front or without, and with
 # the tag right after the word or last. Universal NER has `-` where it should be O.
-TAG = r"\t(O|-|[BI]-\S+)"
+TAG = r"\t(?P<tag>O|-|[BI]-\S+)"
 BIO_ROWS = [
-    rf"\d+\t([^\t]+){TAG}(?:\t.*)?",  # 1 Ana B-PER - -
-    rf"\d+\t([^\t]+)(?:\t[^\t]+)*{TAG}",  # 1 Ana NNP B-NP B-PER
-    rf"([^\t]+){TAG}(?:\t.*)?",  # Ana B-PER NNP
-    rf"([^\t]+)(?:\t[^\t]+)*{TAG}",  # Ana NNP B-NP B-PER
+    rf"\d+\t(?P<word>[^\t]+){TAG}(?:\t.*)?",  # 1 Ana B-PER - -
+    rf"\d+\t(?P<word>[^\t]+)(?:\t[^\t]+)*{TAG}",  # 1 Ana NNP B-NP B-PER
+    rf"(?P<word>[^\t]+){TAG}(?:\t.*)?",  # Ana B-PER NNP
+    rf"(?P<word>[^\t]+)(?:\t[^\t]+)*{TAG}",  # Ana NNP B-NP B-PER
 ]
 
 def read_bio(path):
@@ -781,7 +781,7 @@ def bio_sentences(blocks):
         found = 0
         for _, line in chain(*blocks[:100]):
             row = regex.fullmatch(form, line)
-            if row and row[2] != "-" and not line.startswith("#"):
+            if row and row["tag"] != "-" and not line.startswith("#"):
                 found += 1
         return found
 
@@ -791,13 +791,13 @@ def bio_sentences(blocks):
         for where, line in block:
             row = regex.fullmatch(best, line)
             if row:
-                words.append(row[1])
-                tags.append("O" if row[2] == "-" else row[2])
+                words.append(row["word"])
+                tags.append("O" if row["tag"] == "-" else row["tag"])
             # A `#` with a tag is a word, and without one it begins a comment.
             elif not line.startswith("#"):
                 raise InputError(
-                    f"{where}: {line!r}; give a word and O, B-X or I-X, for the schemes IOBES and "
-                    "BILOU and tags without a type are not read"
+                    f"{where}: {line!r}; give a word and O, B-X or I-X (the schemes IOBES and "
+                    "BILOU and tags without a type are not read)"
                 )
         # In the same order: this makes B- of an I- that continues nothing.
         yield Sentence(words, entities=move_entities(tags, range(len(tags))))

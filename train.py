@@ -176,10 +176,10 @@ def cut_rows(ids, starts, length, language):
 
 @functools.lru_cache(2)  # There are short rows and long ones.
 def pair_starts(corpus, size):
-    """Where pairs of texts of `size` ids may begin: at the start of a sentence, if at most two ids
-    at the end belong to a sentence that is cut, or as few as there can be. Under T_inv the first
-    words of a sentence correspond to its last, and so a cut sentence lacks its counterpart. Of all
-    these starts make_batch uses the first parallel_share."""
+    """Where pairs of texts of `size` ids may begin: at the start of a sentence, if at most two ids,
+    or the fewest possible, are of a sentence that the end cuts. Under T_inv such a sentence shows
+    its beginning in one language and its end in the other, which do not correspond. make_batch
+    draws from the first parallel_share of these starts."""
     borders = np.append(0, np.flatnonzero(corpus.derived == EOS) + 1)  # (sentences + 1,)
     starts = borders[borders + size <= len(corpus.derived)]
     # The last border within such a text, and how many of its ids come after that. If sentences end
@@ -327,7 +327,7 @@ def pretrain(corpus, s, folder, args):
         # Each process takes every WORLD-th row. All get equally many rows and masks, and so the
         # mean of their gradients is that of the whole batch.
         share = Batch(*[values[RANK::WORLD] for values in vars(batch).values()])
-        # For dropout, wherever a run was stopped. Python's hash of numbers is always the same.
+        # Dropout is that of the step, wherever a run was stopped. This hash is always the same.
         torch.manual_seed(hash((s.seed, step, RANK)))
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
             loss, mlm = network(share.to(args.device), pairs)
@@ -378,7 +378,7 @@ def run(folder, s, args):
     known_by = "source" if finished else "content"
     if path.exists():
         saved = json.loads(path.read_text())
-        if any(saved[key] != record[key] for key in ("settings", known_by)):
+        if any(saved.get(key) != record[key] for key in ("settings", known_by)):
             raise ValueError(f"{path}: has other settings or text; give another folder")
     if finished:
         return

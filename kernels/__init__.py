@@ -46,7 +46,7 @@ def masked_lm_loss(hidden, weight, bias, labels):
     _check("hidden", hidden, (N, D), weight.dtype, weight.device)
     _check("bias", bias, (V,), weight.dtype, weight.device)
     _check("labels", labels, (N,), torch.int64, weight.device)
-    # Checking the labels' range here would wait for the GPU. weight[labels] fails for wrong ones.
+    # Checking the labels' range here would wait for the GPU. weight[labels] fails for V and above.
     if fused(weight):
         return alignment.call_operator(masked_softmax.masked_lm, hidden, weight, bias, labels)
     return masked_softmax.masked_lm_plain(hidden, weight, bias, labels)

@@ -48,7 +48,7 @@ def without_bias(module, name, **options):
     loss = getattr(importlib.import_module(module), name)
     return lambda h, w, b, y: loss(h, w, y, **options)
 
-# name: what returns a function of hidden, weight, bias and labels, or fails if not installed.
+# name: what loads a peer, a function of hidden, weight, bias and labels, or fails if it is missing.
 PEERS = {
     "ours": lambda: masked_lm_loss,
     "eager": lambda: eager,  # what everyone has: all logits at once
@@ -87,9 +87,9 @@ def masked_lm_contest(N, D, V):
     tensors = [t.to(dtype).requires_grad_() for t in (hidden, weight, torch.zeros(V))]
     labels = torch.randint(V, (N,))
     calls = {}
-    for name, make in PEERS.items():
+    for name, load_peer in PEERS.items():
         try:
-            calls[name] = partial(differentiate, make(), tensors, labels)
+            calls[name] = partial(differentiate, load_peer(), tensors, labels)
         # Some peers are not installed, and some cannot be imported without a GPU.
         except Exception as error:
             print(f"| | {name} | skipped: {str(error)[:80]} | | | | |")

@@ -51,7 +51,7 @@ REACH = 60.0
 GPU_CHUNK = 1 << 28  # entries of p at a time; every further chunk reads and writes dweight again
 CPU_CHUNK = 1 << 24  # logits at a time, as measured (results/kernels.md)
 SHARED_MEMORY = 216 << 10  # bytes that a program needs at most: the compile tests check it
-COLUMNS = 16  # of the narrowest product that tensor cores take; dbias is computed as such a product
+COLUMNS = 16  # of the narrowest product that tl.dot takes; dbias is computed as such a product
 
 def masked_lm_plain(hidden, weight, bias, labels):
     """The loss in plain PyTorch, by chunks of rows where that loses nothing."""
@@ -77,23 +77,23 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, offsets, D: c
     and store take the row and column where a tile begins, and what lies beyond the matrix is zero
     and is not stored. bias (V,), labels (N,). Each row of a tile leaves the maximum of its logits
     in peaks and its sum of p in sums, both (blocks of V, N)."""
-    # As many programs as there are multiprocessors take tile after tile. `flatten` makes one loop
-    # of this one and that over d: the next tile's loads are under way while exponentials are taken.
-    # REPAIR has an `if` between them. Rows vary fastest: weight is read once, hidden stays in L2.
+    # A program for each multiprocessor takes tile after tile. `flatten` makes one loop of this one
+    # and that over d, so that a tile is loaded while the last one's exponentials are taken; the
+    # `if` of REPAIR forbids it. Rows vary fastest: weight is read once, and hidden stays in L2.
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
-    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not REPAIR):
-        n0 = t % row_blocks * BLOCK_N
-        block = t // row_blocks  # of columns
-        v0 = block * BLOCK_V
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not REPAIR):
+        n0 = tile % row_blocks * BLOCK_N
+        column_block = tile // row_blocks
+        v0 = column_block * BLOCK_V
         n = n0 + tl.arange(0, BLOCK_N)
         needed = True
         if REPAIR:
             offset = tl.load(offsets + n, mask=n < N, other=0.0)  # (BLOCK_N,)
             needed = tl.max((offset != 0).to(tl.int32), axis=0) != 0
         if needed:
-            # In fp32 three products in tf32 make an exact one. For half types this does nothing.
+            # In fp32 three products in tf32 make one. For half types this says nothing.
             logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             for d in range(0, D, BLOCK_D):
                 h = hidden.load([n0, d])  # (BLOCK_N, BLOCK_D)
@@ -105,12 +105,12 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, offsets, D: c
             if REPAIR:
                 logits -= offset[:, None]
             else:
-                tl.store(peaks + block * N + n, tl.max(logits, axis=1), mask=n < N)
+                tl.store(peaks + column_block * N + n, tl.max(logits, axis=1), mask=n < N)
             label = (tl.load(labels + n, mask=n < N, other=-1) - v0).to(tl.int32)
             is_label = column[None, :] == label[:, None]
             # The GPU's own instruction is exp2; e^x is 2 to the x log2(e).
             exps = tl.where(is_label, 0.0, tl.exp2(logits * 1.4426950408889634))
-            tl.store(sums + block * N + n, tl.sum(exps, axis=1), mask=n < N)
+            tl.store(sums + column_block * N + n, tl.sum(exps, axis=1), mask=n < N)
             if WITH_GRAD:
                 p.store([n0, v0], exps.to(p.dtype))
 

@@ -230,7 +230,7 @@ def refused(reader, path):
     return message.removeprefix(str(path))
 
 @pytest.mark.parametrize("reader, text, place, message", [
-    ("bio", "Ana S-PER\nLopez O\n", ":1", "'Ana\\tS-PER'; give a word and O, B-X or I-X, for"),
+    ("bio", "Ana S-PER\nLopez O\n", ":1", "'Ana\\tS-PER'; give a word and O, B-X or I-X"),
     ("bio", "Ana O\nNew B-LOC\nYork E-LOC\n", ":3", "the schemes IOBES and BILOU"),
     ("bio", "Ana U-PER\n", ":1", "the schemes IOBES and BILOU"),
     ("bio", "Ana B\nLopez I\n", ":1", "tags without a type are not read"),
