@@ -472,7 +472,9 @@ def run_cell(folder, s, examples, args):
 def grid(args):
     """Run every cell that is not finished, and report."""
     variants = read_variants(args.vary)
-    # A file that cannot be read is refused here, before hours of training.
+    # What cannot be evaluated is refused here, before hours of training.
+    if args.train and args.tasks != ["pos"] and "syntax" in "+".join(args.transforms):
+        raise ValueError("syntax needs trees, which files for ner and nli do not have")
     examples = read_examples(args.tasks, args)
     jobs = []
     for suffix, transform, objective, seed in product(

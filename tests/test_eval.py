@@ -360,9 +360,7 @@ def test_a_fifth_objective_and_a_fifth_transformation(grid, monkeypatch):
 
 # -------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("arguments, named", [
-    ("--vary alfa 1", "--vary"),
-    ("--vary alpha", "--vary"),
-    ("--vary seed 1", "--vary"),
+    ("--vary alfa 1", "--vary"), ("--vary alpha", "--vary"), ("--vary seed 1", "--vary"),
     ("--vary alpha x", "x"),
     ("--vary width 10", "width"),
     ("--tasks qa", "qa"),
@@ -370,7 +368,8 @@ def test_a_fifth_objective_and_a_fifth_transformation(grid, monkeypatch):
     ("--train a.conllu", "--train"),
     ("--tasks pos ner --train a --test b", "--train"),
     ("--train none.conllu --test none.conllu", "none.conllu"),
-])
+    ("--tasks ner --transforms invert+syntax --train a --test b", "syntax"),
+])  # fmt: skip
 def test_a_bad_grid_is_refused_before_training(tmp_path, command, arguments, named):
     options = ["--out", tmp_path / "grid", *OPTIONS, *arguments.split()]
     (line,) = command(evaluation, "grid", *options).messages
