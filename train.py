@@ -222,8 +222,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
             direction = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov's way
             p.mul_(1 - group["lr"] * group["weight_decay"])
             # The factor keeps what comes out of a tall matrix as large as out of a square one.

@@ -78,12 +78,12 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, offsets, D: c
     and is not stored. bias (V,), labels (N,). Each row of a tile leaves the maximum of its logits
     in peaks and its sum of p in sums, both (blocks of V, N)."""
     # A program for each multiprocessor takes tile after tile. `flatten` makes one loop of this one
-    # and that over d, so that a tile is loaded while the last one's exponentials are taken; the
-    # `if` of REPAIR forbids it. Rows vary fastest: weight is read once, and hidden stays in L2.
+    # and that over d, so that a tile is loaded while the last one's exponentials are taken. Rows
+    # vary fastest: weight is read once, and hidden stays in the L2 cache.
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = row_blocks * tl.cdiv(V, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not REPAIR):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         n0 = tile % row_blocks * BLOCK_N
         column_block = tile // row_blocks
         v0 = column_block * BLOCK_V
@@ -93,7 +93,7 @@ def exp_kernel(hidden, weight, bias, labels, p, peaks, sums, N, V, offsets, D: c
             offset = tl.load(offsets + n, mask=n < N, other=0.0)  # (BLOCK_N,)
             needed = tl.max((offset != 0).to(tl.int32), axis=0) != 0
         if needed:
-            # In fp32 three products in tf32 make one. For half types this says nothing.
+            # tf32x3 makes a product in fp32 of three in tf32. Half types are taken as they are.
             logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             for d in range(0, D, BLOCK_D):
                 h = hidden.load([n0, d])  # (BLOCK_N, BLOCK_D)
